@@ -1,0 +1,311 @@
+"""Experiments: frozen values that say everything a result depends on, and `run`, which computes each one once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reprolib import data, pruning, records, training
+from reprolib.models import layer_flops, vgg16
+from reprolib.patterns import Balanced, Block, Pattern, fitting_bank, parse, sizes
+from reprolib.training import Recipe
+
+TOLERANCE = 0.005  # half a point: how far achieved sparsity may lie from its target
+RETRAINING_SEED = 1_000_000  # added to the seed: retraining draws other images than training, the same for all patterns
+RETRAININGS = ("lr-rewinding", "fine-tuning")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense VGG-16, trained from scratch. All patterns of a (data set, seed) start from the same one."""
+
+    dataset: str
+    recipe: Recipe
+    width: float = 1.0
+    hidden: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.dataset not in data.NAMES:
+            raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.dataset}-vgg16x{self.width:g}-seed{self.seed}-dense-{fingerprint(self)}"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A dense network pruned to `sparsity` and retrained.
+
+    `pattern` is the text form of a pattern; `score` is magnitude or random (the control); `schedule`, `ratios` and
+    `retraining` are explained in `reprolib.pruning` and `reprolib.training`; `group_lasso` > 0 adds that penalty on
+    the blocks of the pattern while masks still change; `prune_ends` includes the first convolution and the classifier.
+    """
+
+    dense: Dense
+    pattern: str
+    sparsity: float
+    epochs: int
+    score: str = "magnitude"
+    schedule: str = "gradual"
+    ratios: str = "uniform"
+    retraining: str = "lr-rewinding"
+    group_lasso: float = 0.0
+    prune_ends: bool = False
+
+    def __post_init__(self):
+        pattern = parse(self.pattern)
+        object.__setattr__(self, "pattern", str(pattern))  # one spelling, one id
+        for name, choice in (
+            ("score", pruning.SCORES),
+            ("schedule", pruning.SCHEDULES),
+            ("ratios", pruning.RATIOS),
+            ("retraining", RETRAININGS),
+        ):
+            if getattr(self, name) not in choice:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(choice)}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must lie in [0, 1), not {self.sparsity!r}: 0.9 prunes nine weights of ten")
+        if self.group_lasso and not isinstance(pattern, Block):
+            raise ValueError(f"group_lasso shrinks blocks, and {self.pattern} has none: use it with Block(rows, cols)")
+
+    @property
+    def method(self) -> str:
+        """The pattern's family and what sets the run apart: ``hybrid``, ``random-hybrid``, ``block-group-lasso``."""
+        prefix = "random-" if self.score == "random" else ""
+        return prefix + parse(self.pattern).family + ("-group-lasso" if self.group_lasso else "")
+
+    @property
+    def run_id(self) -> str:
+        dense = self.dense
+        return (
+            f"{dense.dataset}-vgg16x{dense.width:g}-seed{dense.seed}-{self.method}-"
+            f"{100 * self.sparsity:g}pct-{fingerprint(self)}"
+        )
+
+
+def fingerprint(experiment: Dense | Pruned) -> str:
+    """Eight hex digits of the non-default fields: a new field with a default keeps the ids of old runs."""
+    text = json.dumps(_non_default(experiment), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _non_default(value):
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {
+        f.name: _non_default(getattr(value, f.name))
+        for f in dataclasses.fields(value)
+        if f.default is MISSING or getattr(value, f.name) != f.default
+    }
+
+
+# --- Running --------------------------------------------------------------------------------------------------------
+
+
+def run(experiment: Dense | Pruned, folder: Path) -> dict:
+    """The experiment's record, from `folder` if it is there, else computed and written there.
+
+    The folder of a run holds ``record.json`` and the network's ``weights.safetensors``. Two processes that ask for
+    the same experiment compute it once: the second waits. Raises ValueError for what can't be computed as asked, and
+    OSError where the folder can't be written.
+    """
+    path = folder / experiment.run_id / "record.json"
+    if path.exists():
+        return records.read(path)
+    if isinstance(experiment, Pruned):
+        run(experiment.dense, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        if path.exists():
+            return records.read(path)
+        started = time.perf_counter()
+        compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
+        row, curve, model = compute(experiment, folder)
+        _save(model, path.parent / "weights.safetensors")
+        record = {
+            "experiment": dataclasses.asdict(experiment),
+            "row": {"run_id": experiment.run_id} | row,
+            "curve": curve,
+            "provenance": records.provenance() | {"wall_time_s": round(time.perf_counter() - started, 1)},
+        }
+        record["row"] |= {key: record["provenance"][key] for key in ("commit", "hardware", "threads", "wall_time_s")}
+        records.write(path, record)
+        return record
+
+
+def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
+    """The trained network of an experiment that has been run, in eval mode on the training device."""
+    path = folder / experiment.run_id / "weights.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no weights {path}: run the experiment first")
+    dense = experiment.dense if isinstance(experiment, Pruned) else experiment
+    model = _new_model(dense)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def _new_model(dense: Dense) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(dense.seed)
+        classes = {"cifar100": 100}.get(dense.dataset, 10)
+        model = vgg16(classes, dense.width, tuple(dense.hidden))
+    return model.to(training.device(), memory_format=torch.channels_last)
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+def _run_dense(dense: Dense, folder: Path):
+    dataset = data.load(dense.dataset).to(training.device())
+    model = _new_model(dense)
+    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.run_id)
+    accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
+    row = _dense_columns(dense) | {
+        "sparsity": 0.0,
+        "sparsity_total": 0.0,
+        "accuracy_dense_pct": accuracy,
+        "accuracy_pct": accuracy,
+        "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
+        "epochs": dense.recipe.epochs,
+        "flops": sum(layer_flops(model).values()),
+        "params_kept": _parameters(model),
+    }
+    return row, curve, model
+
+
+def _run_pruned(experiment: Pruned, folder: Path):
+    dense, pattern = experiment.dense, parse(experiment.pattern)
+    dataset = data.load(dense.dataset).to(training.device())
+    model = load_model(dense, folder)
+    weights = pruning.prunable(model, experiment.prune_ends)
+    ratios = _ratios(experiment, pattern, weights, model, dataset)
+
+    @lru_cache(maxsize=1)
+    def masks(due: tuple[float, ...]) -> dict[str, Tensor]:
+        """Made from the weights as they are when these sparsities first fall due, then held."""
+        sparsities = dict(zip(weights, due, strict=True))
+        return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed)
+
+    def prune(progress: float) -> dict[str, Tensor]:
+        due = tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values())
+        pruning.apply_masks(weights, masks(due))
+        return masks(due)
+
+    def penalty(progress: float) -> Tensor | float:
+        pruning_still = progress < pruning.PRUNING_PHASE
+        return experiment.group_lasso * pruning.group_lasso(weights, pattern) if pruning_still else 0.0
+
+    accuracy_pruned = _accuracy_right_after(experiment, pattern, ratios, dataset, folder)
+    curve = training.fit(
+        model,
+        dataset,
+        replace(dense.recipe, epochs=experiment.epochs),
+        seed=RETRAINING_SEED + dense.seed,
+        lr_at=_lr_at(experiment),
+        prune=prune,
+        penalty=penalty if experiment.group_lasso else None,
+        label=experiment.run_id,
+    )
+    final = prune(1.0)
+    pruned = sum(int((~mask).sum()) for mask in final.values())
+    row = _dense_columns(dense) | {
+        "pattern": experiment.method,
+        "spec": experiment.pattern,
+        **sizes(pattern),
+        "score": experiment.score,
+        "schedule": experiment.schedule,
+        "ratios": experiment.ratios,
+        "retraining": experiment.retraining,
+        "group_lasso": experiment.group_lasso,
+        "prune_ends": experiment.prune_ends,
+        "target_sparsity": experiment.sparsity,
+        "sparsity": pruning.achieved_sparsity(final),
+        "sparsity_total": pruned / _parameters(model),
+        "accuracy_dense_pct": run(dense, folder)["row"]["accuracy_pct"],
+        "accuracy_pruned_pct": accuracy_pruned,
+        "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision),
+        "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
+        "epochs": experiment.epochs,
+        "flops": pruning.remaining_flops(layer_flops(model), final),
+        "params_kept": _parameters(model) - pruned,
+    }
+    return row, curve, model
+
+
+def _accuracy_right_after(experiment: Pruned, pattern: Pattern, ratios, dataset, folder: Path) -> float:
+    """Test accuracy of the dense network pruned at once, before any retraining; checks the target on the way."""
+    model = load_model(experiment.dense, folder)
+    weights = pruning.prunable(model, experiment.prune_ends)
+    masks = pruning.make_masks(weights, pattern, ratios, experiment.score, experiment.dense.seed)
+    check_target(pattern, experiment.sparsity, masks)
+    pruning.apply_masks(weights, masks)
+    return training.accuracy_pct(model, dataset, dataset.test, experiment.dense.recipe.precision)
+
+
+def check_target(pattern: Pattern, target: float, masks: dict[str, Tensor]) -> None:
+    """Raise ValueError, with the bank that would do, where `masks` miss the target by more than half a point."""
+    achieved = pruning.achieved_sparsity(masks)
+    if abs(achieved - target) <= TOLERANCE:
+        return
+    remedy = "use smaller units or another sparsity"
+    if isinstance(pattern, Balanced):
+        columns = sorted({mask[0].numel() for mask in masks.values()})
+        bank = fitting_bank(columns, target, TOLERANCE)
+        if bank:
+            remedy = f"Balanced({bank}) does: the smallest bank that divides rows of {columns} weights and fits"
+    raise ValueError(f"{pattern} reaches {100 * achieved:.2f} % sparsity where {100 * target:g} % was asked: {remedy}")
+
+
+def _ratios(experiment: Pruned, pattern: Pattern, weights, model, dataset) -> dict[str, float]:
+    """Each layer's own target, from the dense network."""
+    match experiment.ratios:
+        case "uniform":
+            return pruning.uniform_ratios(weights, experiment.sparsity)
+        case "global":
+            return pruning.global_ratios(weights, pattern, experiment.sparsity)
+        case "sensitivity":
+            return pruning.sensitivity_ratios(
+                weights,
+                pattern,
+                experiment.sparsity,
+                lambda: training.mean_loss(model, dataset, dataset.validation, experiment.dense.recipe.precision),
+            )
+
+
+def _lr_at(experiment: Pruned) -> Callable[[float], float]:
+    if experiment.retraining == "fine-tuning":
+        return training.fine_tuning_lr
+    rounds = pruning.ROUNDS if experiment.schedule == "iterative" else 1
+    return lambda progress: training.rewound_lr(
+        progress * rounds % 1, experiment.epochs / rounds, experiment.dense.recipe.epochs
+    )
+
+
+def _dense_columns(dense: Dense) -> dict:
+    return {
+        "dataset": dense.dataset,
+        "model": "vgg16",
+        "width": dense.width,
+        "pattern": "dense",
+        "seed": dense.seed,
+    }
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,359 @@
+"""Sparsity patterns: small frozen values that turn a weight into a mask.
+
+``Balanced(16) & Block(32, 32)`` is the method of the paper: a fine-grained vector-wise mask AND a coarse-grained
+block-wise mask. Every pattern sees the weight through its *GEMM view*, the matrix ``[C_out, K_h*K_w*C_in]`` that a
+convolution multiplies its input patches with, and cuts that matrix into *groups* of *units*: in each group the same
+number of units with the largest scores is kept.
+
+To add a pattern, write one frozen dataclass with two methods, ``scores`` and ``spread`` (see `Pattern`). Masks,
+hybrids, schedules, sweeps, tables and figures work with it at once; so does its text form, ``parse("MyPattern(4)")``.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import MISSING, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ORDERS = ("channels_last", "channels_first")
+
+
+# --- The GEMM view --------------------------------------------------------------------------------------------------
+
+
+def gemm_view(weight: Tensor, order: str = "channels_last") -> Tensor:
+    """See a Conv2d weight ``[C_out, C_in, K_h, K_w]`` or a Linear weight ``[out, in]`` as a matrix of C_out rows.
+
+    ``channels_last`` orders the columns by (tap, channel), ``channels_first`` by (channel, tap).
+    """
+    if weight.dim() == 4 and order == "channels_last":
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.reshape(weight.shape[0], -1)
+
+
+def from_gemm_view(matrix: Tensor, shape: torch.Size, order: str = "channels_last") -> Tensor:
+    """Undo `gemm_view`: a matrix ``[C_out, columns]`` back to `shape`, without a copy where strides allow it."""
+    if len(shape) == 4 and order == "channels_last":
+        c_out, c_in, k_h, k_w = shape
+        matrix = matrix.reshape(c_out, k_h, k_w, c_in).permute(0, 3, 1, 2)
+    return matrix.reshape(shape)
+
+
+def tile(matrix: Tensor, rows: int, cols: int, fill: float = 0.0) -> Tensor:
+    """Cut a matrix into tiles, ``[tiles, rows*cols]`` in row-major order; partial tiles are filled up with `fill`."""
+    pad_rows, pad_cols = -matrix.shape[0] % rows, -matrix.shape[1] % cols
+    if pad_rows or pad_cols:
+        matrix = F.pad(matrix, (0, pad_cols, 0, pad_rows), value=fill)
+    down, across = matrix.shape[0] // rows, matrix.shape[1] // cols
+    return matrix.reshape(down, rows, across, cols).transpose(1, 2).reshape(down * across, rows * cols)
+
+
+def untile(tiles: Tensor, shape: tuple[int, int], rows: int, cols: int) -> Tensor:
+    """Undo `tile`, cropping what was filled up."""
+    down, across = -(-shape[0] // rows), -(-shape[1] // cols)
+    matrix = tiles.reshape(down, across, rows, cols).transpose(1, 2).reshape(down * rows, across * cols)
+    return matrix[: shape[0], : shape[1]]
+
+
+# --- Counting -------------------------------------------------------------------------------------------------------
+
+
+def pruned_count(units: int, sparsity: float) -> int:
+    """How many of `units` go: floor(sparsity * units + 0.5), yet never all of them."""
+    return min(math.floor(sparsity * units + 0.5), units - 1)
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Mark exactly `count` largest scores in each row of ``[groups, units]``; of equal scores the first ones stay."""
+    units = scores.shape[1]
+    if count >= units:
+        return torch.ones_like(scores, dtype=torch.bool)
+    # The threshold alone would keep every tie: `> threshold` is too few, `>= threshold` too many.
+    threshold = scores.kthvalue(units - count + 1, dim=1, keepdim=True).values
+    keep = scores > threshold
+    ties = scores == threshold
+    missing = count - keep.sum(dim=1, keepdim=True)
+    tied = ties.sum(dim=1, keepdim=True) > missing
+    if not tied.any():
+        return keep | ties
+    return keep | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+# --- The vocabulary -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern. Subclasses define how the GEMM view is cut and how its units are ranked:
+
+    * ``scores(matrix) -> [groups, units]``: from the magnitudes ``[C_out, columns]``, one score per unit
+    * ``spread(values, shape) -> [C_out, columns]``: give every weight the value of its unit, ``[groups, units]``
+
+    Partial tiles at the right and bottom edge are units (or groups) of their own, scored by the weights they have.
+    """
+
+    order: str = field(default="channels_last", kw_only=True)
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        raise NotImplementedError
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"column order {self.order!r} is unknown: use one of {', '.join(ORDERS)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{type(self).__name__}: {f.name} must be a whole number of at least 1, not {value!r}")
+
+    @property
+    def family(self) -> str:
+        """The pattern's name without its sizes, as it stands in tables: ``"block"``, ``"hybrid"`` ..."""
+        return type(self).__name__.lower()
+
+    def mask(self, weight: Tensor, sparsity: float) -> Tensor:
+        """Bool mask shaped like `weight`, on its device; True = keep the weight.
+
+        In each group of n units exactly floor(sparsity * n + 0.5) are pruned, those with the smallest scores; ties go
+        by position and at least one unit stays. To get the random control of a pattern, pass random numbers of the
+        weight's shape instead of the weight.
+
+        Raises ValueError for a sparsity outside [0, 1) and for a weight that is not finite or has no GEMM view.
+        """
+        matrix = _magnitudes(weight, sparsity, self.order)
+        scores = self.scores(matrix)
+        keep = keep_largest(scores, scores.shape[1] - pruned_count(scores.shape[1], sparsity))
+        return from_gemm_view(self.spread(keep, matrix.shape), weight.shape, self.order)
+
+    def ranks(self, weight: Tensor) -> tuple[Tensor, int]:
+        """Rank of every weight's unit in its group (0 = the last to be pruned), shaped like `weight`; and n units.
+
+        ``ranks < count`` is the mask that keeps `count` units in each group.
+        """
+        matrix = _magnitudes(weight, 0.0, self.order)
+        scores = self.scores(matrix)
+        best_first = scores.argsort(dim=1, descending=True, stable=True)
+        position = torch.arange(scores.shape[1], dtype=torch.int32, device=weight.device).expand_as(best_first)
+        ranks = torch.empty_like(best_first, dtype=torch.int32).scatter_(1, best_first, position)
+        return from_gemm_view(self.spread(ranks, matrix.shape), weight.shape, self.order), scores.shape[1]
+
+    def __and__(self, coarse: Pattern) -> Hybrid:
+        """``fine & coarse``: both masks are made on their own and a weight stays where both keep it."""
+        return Hybrid(self, coarse)
+
+    def __str__(self) -> str:
+        parts = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.default is MISSING:
+                parts.append(str(value))
+            elif value != f.default:
+                parts.append(f"{f.name}={value!r}")
+        # `order` comes first as the field of the base class; keywords go behind the sizes.
+        return f"{type(self).__name__}({', '.join(sorted(parts, key=lambda part: '=' in part))})"
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """The largest single weights stay, wherever they are."""
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(1, -1)
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        return values.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Whole tiles of rows x cols go, ranked by a norm of their weights: l1, l2, max or mean (Narang et al., 2017)."""
+
+    rows: int
+    cols: int
+    norm: str = "l1"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.norm not in ("l1", "l2", "max", "mean"):
+            raise ValueError(f"Block: norm {self.norm!r} is unknown: use l1, l2, max or mean")
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        tiles = tile(matrix, self.rows, self.cols)
+        match self.norm:
+            case "l1":
+                scores = tiles.sum(dim=1)
+            case "l2":
+                scores = tiles.square().sum(dim=1)  # ranks as its root does
+            case "max":
+                scores = tiles.amax(dim=1)
+            case "mean":
+                scores = tiles.sum(dim=1) / tile(torch.ones_like(matrix), self.rows, self.cols).sum(dim=1)
+        return scores[None]
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        tiles = values.reshape(-1, 1).expand(-1, self.rows * self.cols)
+        return untile(tiles, shape, self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class Balanced(Pattern):
+    """Every row is cut into banks of consecutive columns; each bank keeps the same number of its largest weights.
+
+    Yao et al., AAAI 2019; with a bank of M this is N:M sparsity. The paper's vector-wise fine-grained half is this
+    pattern in our reading. A last partial bank keeps the same number too, or all it has if it has fewer.
+    """
+
+    bank: int
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        return tile(matrix, 1, self.bank, fill=-math.inf)
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        return untile(values, shape, 1, self.bank)
+
+
+@dataclass(frozen=True)
+class Vector(Pattern):
+    """Whole column vectors go: the weights of `length` consecutive output channels at one column, ranked by L1 norm.
+
+    The unit of VectorSparse, OVW and 1xN pruning. A last partial vector is a unit of its own.
+    """
+
+    length: int
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        return tile(matrix, self.length, 1).sum(dim=1)[None]
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        tiles = values.reshape(-1, 1).expand(-1, self.length)
+        return untile(tiles, shape, self.length, 1)
+
+
+@dataclass(frozen=True)
+class Hybrid(Pattern):
+    """``mask_fine AND mask_coarse``, the method of the paper; written ``fine & coarse``.
+
+    `split` is the fine half's share of the target in the exponent of density: density_fine = density ** split. 0.5
+    gives both halves the same sparsity, 1 - sqrt(density). The fine count is a whole number, so the coarse half takes
+    the count of units whose AND comes nearest to the target. With `rescore` the coarse half ranks the weights that
+    the fine half leaves, instead of all of them.
+
+    Where banks tile blocks, density = density_fine * density_coarse exactly.
+    """
+
+    fine: Pattern
+    coarse: Pattern
+    split: float = 0.5
+    rescore: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (isinstance(self.fine, Pattern) and isinstance(self.coarse, Pattern)):
+            raise ValueError(f"a hybrid takes two patterns, not {self.fine!r} and {self.coarse!r}")
+        if isinstance(self.coarse, Hybrid):
+            raise ValueError("the coarse half of a hybrid must be a single pattern: write (a & b) & c, not a & (b & c)")
+        if self.order != ORDERS[0]:
+            raise ValueError("a hybrid has no column order of its own: give order= to its halves")
+        if not 0 <= self.split <= 1:
+            raise ValueError(f"split must lie in [0, 1], not {self.split!r}")
+
+    def mask(self, weight: Tensor, sparsity: float) -> Tensor:
+        """As `Pattern.mask`; the achieved sparsity is within one coarse unit of the target if the halves allow it."""
+        _magnitudes(weight, sparsity, self.order)
+        density_fine = round((1.0 - sparsity) ** self.split, 12)
+        fine = self.fine.mask(weight, 1.0 - density_fine)
+        ranks, units = self.coarse.ranks(weight * fine if self.rescore else weight)
+        # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group.
+        kept = torch.bincount(ranks[fine], minlength=units).cumsum(0)
+        wanted = weight.numel() - pruned_count(weight.numel(), sparsity)
+        kept_units = int((kept - wanted).abs().argmin()) + 1
+        # THE AND of the paper.
+        return fine & (ranks < kept_units)
+
+    @property
+    def family(self) -> str:
+        return "hybrid"
+
+    def __str__(self) -> str:
+        plain = Hybrid(self.fine, self.coarse)
+        return f"{self.fine} & {self.coarse}" if self == plain else super().__str__()
+
+
+def _magnitudes(weight: Tensor, sparsity: float, order: str) -> Tensor:
+    """The checked weight's magnitudes in GEMM view."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must lie in [0, 1), not {sparsity!r}: 0.9 prunes nine weights of ten")
+    if weight.dim() not in (2, 4) or weight.numel() == 0:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} has no GEMM view: "
+            "patterns take Conv2d [C_out, C_in, K_h, K_w] and Linear [out, in] weights"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinite values and cannot be ranked: did the training diverge?")
+    return gemm_view(weight.detach().abs(), order)
+
+
+# --- Text form and sizes --------------------------------------------------------------------------------------------
+
+
+def known() -> dict[str, type[Pattern]]:
+    """All patterns that are defined by now, by name."""
+    found, queue = {}, [Pattern]
+    while queue:
+        for cls in queue.pop().__subclasses__():
+            found[cls.__name__] = cls
+            queue.append(cls)
+    return dict(sorted(found.items()))
+
+
+def parse(text: str) -> Pattern:
+    """The pattern that a text such as ``"Balanced(16) & Block(32, 32)"`` names; the inverse of ``str(pattern)``.
+
+    Only pattern names, numbers and strings are understood: no code of the text is run. Raises ValueError.
+    """
+
+    def build(node: ast.expr):
+        match node:
+            case ast.BinOp(op=ast.BitAnd(), left=left, right=right):
+                return build(left) & build(right)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                if name not in known():
+                    raise ValueError(f"unknown pattern {name!r} in {text!r}: known are {', '.join(known())}")
+                try:
+                    return known()[name](*map(build, args), **{k.arg: build(k.value) for k in keywords})
+                except TypeError as error:
+                    raise ValueError(f"pattern {text!r}: {error}") from None
+            case ast.Constant(value=value):
+                return value
+        raise ValueError(f"pattern {text!r} is not understood: write for example 'Balanced(16) & Block(32, 32)'")
+
+    try:
+        pattern = build(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError:
+        pattern = None
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern {text!r} is not understood: write for example 'Balanced(16) & Block(32, 32)'")
+    return pattern
+
+
+def sizes(pattern: Pattern) -> dict[str, int]:
+    """Unit sizes by column name: ``bank``, ``block_rows``, ``block_cols``, ``vector_length``, ..."""
+    if isinstance(pattern, Hybrid):
+        return sizes(pattern.fine) | sizes(pattern.coarse)
+    named = {f"{pattern.family}_{f.name}": getattr(pattern, f.name) for f in fields(pattern) if f.type == "int"}
+    return {"bank" if name == "balanced_bank" else name: size for name, size in named.items()}
+
+
+def fitting_bank(columns: list[int], sparsity: float, tolerance: float = 0.005, at_least: int = 2) -> int | None:
+    """Smallest bank that tiles rows of all these lengths and expresses `sparsity` within `tolerance`, if any does."""
+    for bank in range(at_least, min(columns) + 1):
+        tiles_all = all(length % bank == 0 for length in columns)
+        if tiles_all and abs(pruned_count(bank, sparsity) / bank - sparsity) <= tolerance:
+            return bank
+    return None

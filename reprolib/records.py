@@ -1,0 +1,124 @@
+"""Records: one JSON file per finished experiment, written atomically, with its provenance; and their tidy table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from reprolib import paths
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all, creating its folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)  # mkstemp makes it private
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, record: dict) -> None:
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def read(path: Path) -> dict:
+    """Read a record. Raises ValueError if the file is damaged."""
+    try:
+        record = json.loads(path.read_text())
+        record["row"]["run_id"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"the record {path} is damaged: delete its folder and run again") from None
+    return record
+
+
+def table(folder: Path, run_ids: list[str]) -> pd.DataFrame:
+    """The rows of the records with these ids, in the order of the ids, as a tidy table.
+
+    Raises FileNotFoundError if one is missing and ValueError if one is damaged.
+    """
+    rows = []
+    for run_id in run_ids:
+        path = folder / run_id / "record.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no record {path}: make reproduce computes what is missing")
+        rows.append(read(path)["row"])
+    return pd.DataFrame(rows)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table atomically; equal tables give equal bytes."""
+    write_atomically(path, frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a results table; integer columns with gaps stay integers. Raises FileNotFoundError, ValueError."""
+    if not path.exists():
+        raise FileNotFoundError(f"no results in {path}: make reproduce computes them")
+    try:
+        return pd.read_csv(path).convert_dtypes(convert_string=False, convert_boolean=False, convert_floating=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"the table {path} is damaged ({error}): make reproduce writes it anew") from None
+
+
+# --- Provenance -----------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict:
+    """What a number came from: commit (``+`` marks uncommitted changes of the code), versions, hardware, date."""
+    return {
+        "commit": commit(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def commit() -> str:
+    """Short commit of the code, with a ``+`` if reprolib or the profiles differ from it; ``unknown`` outside git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", paths.ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "reprolib", "profiles", "notebooks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@cache
+def hardware() -> str:
+    """The GPU's name, or the processor's with its core count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux: the plain name does
+    return f"{name}, {os.cpu_count()} cores"
