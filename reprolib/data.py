@@ -95,8 +95,7 @@ def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[fl
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
     means = [float(np.average(levels, weights=count)) for count in counts]
     deviations = [
-        float(np.average((levels - mean) ** 2, weights=count) ** 0.5)
-        for mean, count in zip(means, counts, strict=True)
+        float(np.average((levels - mean) ** 2, weights=count) ** 0.5) for mean, count in zip(means, counts, strict=True)
     ]
     return tuple(means), tuple(deviations)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
@@ -98,8 +96,7 @@ class Pruned:
 
 def fingerprint(experiment: Dense | Pruned) -> str:
     """Eight hex digits of the non-default fields: a new field with a default keeps the ids of old runs."""
-    text = json.dumps(_non_default(experiment), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return records.fingerprint(_non_default(experiment))
 
 
 def _non_default(value):

@@ -1,5 +1,6 @@
 """VGG-16 with batch normalisation for 32 x 32 images."""
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,3 +65,15 @@ def layer_flops(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32
     for handle in handles:
         handle.remove()
     return flops
+
+
+def describe_layers(model: nn.Module) -> pd.DataFrame:
+    """One row per convolution and linear layer: weight shape, count of weights, FLOPs for one image."""
+    flops = layer_flops(model)
+    return pd.DataFrame(
+        {
+            "shape": {name: "×".join(map(str, weight.shape)) for name, weight in weights(model).items()},
+            "weights": {name: weight.numel() for name, weight in weights(model).items()},
+            "FLOPs": flops,
+        }
+    ).rename_axis("layer")

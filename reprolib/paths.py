@@ -34,6 +34,10 @@ def accuracy_csv(profile: str) -> Path:
     return results(profile) / "accuracy.csv"
 
 
+def ablations_csv(profile: str) -> Path:
+    return results(profile) / "ablations.csv"
+
+
 def claims_csv(profile: str) -> Path:
     return results(profile) / "claims.csv"
 
@@ -44,9 +48,11 @@ def figures(profile: str) -> Path:
 
 def notebook(number: str) -> Path:
     """The notebook that a number (``02``), a name or a path means; raises FileNotFoundError with the choice."""
-    found = sorted(NOTEBOOKS.glob(f"{number}*.ipynb"))
-    if Path(number).suffix == ".ipynb" and Path(number).exists():
-        return Path(number)
+    path = Path(number)
+    if path.suffix == ".ipynb":
+        found = [path.resolve()] if path.exists() else []
+    else:
+        found = sorted(NOTEBOOKS.glob(f"{path.name}*.ipynb"))
     if len(found) != 1:
         names = ", ".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
         raise FileNotFoundError(f"no notebook {number!r}: there are {names}")

@@ -34,23 +34,37 @@ class Profile:
     def dense(self, dataset: str, seed: int) -> Dense:
         return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed)
 
-    def pruned(self, method: str, dataset: str, seed: int) -> list[Pruned]:
-        """The experiments of one method on one data set and seed, one per sparsity; empty where it is not asked for.
+    def settings(self, method: str) -> dict:
+        """The parameters of notebook 02 that make up a method: ``pattern``, ``sparsities`` and what else it names.
 
-        Raises ValueError for an unknown method or field.
+        Raises ValueError for an unknown method.
         """
-        if method not in self.methods | self.ablations:
-            known = ", ".join(self.methods | self.ablations)
-            raise ValueError(f"unknown method {method!r} in profile {self.name}: known are {known}")
-        settings = dict((self.methods | self.ablations)[method])
-        sparsities = settings.pop("sparsities", self.sparsities)
-        asked = seed in settings.pop("seeds", self.seeds) and dataset in settings.pop("datasets", self.datasets)
-        settings = {"epochs": self.retraining_epochs} | settings
-        unknown = set(settings) - {f.name for f in fields(Pruned)}
+        known = self.methods | self.ablations
+        if method not in known:
+            raise ValueError(f"unknown method {method!r} in profile {self.name}: known are {', '.join(known)}")
+        chosen = {key: value for key, value in known[method].items() if key not in ("seeds", "datasets")}
+        return {"sparsities": self.sparsities} | chosen
+
+    def experiments(
+        self, dataset: str, seed: int, sparsities: list[float], epochs: int = 0, **settings
+    ) -> list[Pruned]:
+        """One experiment per sparsity from the dense network of this data set and seed; `epochs` 0: the profile's.
+
+        Raises ValueError for fields that an experiment does not have.
+        """
+        unknown = sorted(set(settings) - {f.name for f in fields(Pruned)})
         if unknown:
-            raise ValueError(f"profile {self.name}, method {method}: unknown field {', '.join(sorted(unknown))}")
-        dense = self.dense(dataset, seed)
-        return [Pruned(dense, sparsity=sparsity, **settings) for sparsity in sparsities] if asked else []
+            raise ValueError(f"profile {self.name}: an experiment has no field {', '.join(unknown)}")
+        dense, epochs = self.dense(dataset, seed), epochs or self.retraining_epochs
+        return [Pruned(dense, sparsity=sparsity, epochs=epochs, **settings) for sparsity in sparsities]
+
+    def pruned(self, method: str, dataset: str, seed: int) -> list[Pruned]:
+        """The experiments of a method for one data set and seed; empty where the method does not ask for them."""
+        settings = self.settings(method)
+        only = (self.methods | self.ablations)[method]
+        if seed not in only.get("seeds", self.seeds) or dataset not in only.get("datasets", self.datasets):
+            return []
+        return self.experiments(dataset, seed, **settings)
 
     def jobs(self, section: str) -> list[tuple[str, str, int]]:
         """All (method, data set, seed) of a section, ``methods`` or ``ablations``; one seed of everything first."""

@@ -53,7 +53,7 @@ def achieved_sparsity(masks: dict[str, Tensor]) -> float:
     return 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
 
 
-# --- How much of each layer: one sparsity per layer, `target` over all of them ----------------------------------------
+# --- How much of each layer: one sparsity per layer, `target` over all of them --------------------------------------
 
 
 def uniform_ratios(named: dict[str, Tensor], target: float) -> dict[str, float]:
@@ -167,7 +167,7 @@ def sparsity_at(schedule: str, target: float, progress: float) -> float:
     raise ValueError(f"schedule {schedule!r} is unknown: use {', '.join(SCHEDULES)}")
 
 
-# --- The baseline with a regularizer ----------------------------------------------------------------------------------
+# --- The baseline with a regularizer --------------------------------------------------------------------------------
 
 
 def group_lasso(named: dict[str, Tensor], block: Block) -> Tensor:
@@ -180,10 +180,9 @@ def group_lasso(named: dict[str, Tensor], block: Block) -> Tensor:
     return total
 
 
-# --- What is left -----------------------------------------------------------------------------------------------------
+# --- What is left ---------------------------------------------------------------------------------------------------
 
 
 def remaining_flops(flops: dict[str, int], masks: dict[str, Tensor]) -> int:
     """Theoretical FLOPs of one image when each layer's FLOPs shrink with its density."""
     return round(sum(f * (float(masks[name].float().mean()) if name in masks else 1.0) for name, f in flops.items()))
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -47,18 +48,17 @@ def read(path: Path) -> dict:
     return record
 
 
-def table(folder: Path, run_ids: list[str]) -> pd.DataFrame:
-    """The rows of the records with these ids, in the order of the ids, as a tidy table.
+def fingerprint(value: dict) -> str:
+    """Eight hex digits that tell a JSON-like value from others."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
-    Raises FileNotFoundError if one is missing and ValueError if one is damaged.
-    """
-    rows = []
-    for run_id in run_ids:
-        path = folder / run_id / "record.json"
-        if not path.exists():
-            raise FileNotFoundError(f"no record {path}: make reproduce computes what is missing")
-        rows.append(read(path)["row"])
-    return pd.DataFrame(rows)
+
+def join(tables: list[Path], output: Path) -> None:
+    """Join tables of results into one, in a fixed order of rows."""
+    frame = pd.concat([read_csv(path) for path in tables], ignore_index=True)
+    keys = ["dataset", "pattern", "spec", "target_sparsity", "seed", "run_id"]
+    frame = frame.sort_values([key for key in keys if key in frame], na_position="first")
+    write_csv(output, frame.drop_duplicates("run_id"))
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

@@ -44,7 +44,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# --- Learning-rate schedules: share of the peak at a progress in [0, 1) -----------------------------------------------
+# --- Learning-rate schedules: share of the peak at a progress in [0, 1) ---------------------------------------------
 
 
 def dense_lr(progress: float) -> float:
@@ -125,9 +125,7 @@ def fit(
         if not math.isfinite(loss_train):
             raise ValueError(f"{label}: the loss became {loss_train} in epoch {epoch + 1}; try lr below {recipe.lr}")
         accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
-        curve.append(
-            {"epoch": epoch + 1, "lr": lr, "loss_train": loss_train, "accuracy_validation_pct": accuracy}
-        )
+        curve.append({"epoch": epoch + 1, "lr": lr, "loss_train": loss_train, "accuracy_validation_pct": accuracy})
         bar.set_postfix_str(f"loss {loss_train:.3f}, validation {accuracy:.2f} %")
     return curve
 

@@ -1,0 +1,52 @@
+# The front door. `make help` lists what it opens; the graph itself is the Snakefile.
+PYTHON ?= python3
+PROFILE ?=
+CORES ?=
+VENV := .venv
+BIN := $(VENV)/bin
+GRAPH := $(BIN)/python -m reprolib.graph $(if $(CORES),--cores $(CORES))
+
+.DEFAULT_GOAL := help
+.PHONY: help env data test lint reproduce figures sweep lab lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.complete ## build the environment in .venv (the others do it themselves)
+
+$(VENV)/.complete: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
+	$(BIN)/python -c 'from reprolib import data; [print(name, len(data.load(name).train), "training images") for name in data.NAMES]'
+
+test: env lint ## run all tests, every notebook included
+	$(BIN)/python -m pytest --numprocesses auto
+
+lint: env ## check style, and that notebooks carry no outputs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+
+reproduce: env ## compute everything: PROFILE=quick, laptop or paper; without it, what fits this machine
+	@$(GRAPH) reproduce --profile "$(PROFILE)"
+
+figures: env ## redraw figures and tables from the tables of PROFILE, without training
+	@$(GRAPH) figures --profile "$(or $(PROFILE),quick)"
+
+sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
+	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"
+
+lab: env ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+lock: ## renew requirements.lock from environment.yml
+	$(BIN)/python -c 'import yaml; [print(p) for d in yaml.safe_load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \
+	  | $(BIN)/uv pip compile --universal --python-version 3.11 --no-annotate --no-header --upgrade --quiet - -o requirements.lock
+
+clean: ## remove the environment and what is not committed of results (asks nothing; records are lost)
+	rm -rf $(VENV) results/*/runs results/*/notebooks results/*/tables results/*/.snakemake results/sweeps

@@ -1,0 +1,160 @@
+"""The paper's claims, each decided by the data: paired differences over seeds with 95 % confidence intervals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+DECIDED_FROM = 0.90  # CIFAR-10 is nearly flat below: claims on accuracy are decided at and above this target sparsity
+DROPS = (0.5, 1.0)  # accuracy drops from dense, in points, of claim 3
+CONFIDENCE = 0.95
+ORIENTATION = "for orientation"  # the verdict of rows that show a part and decide nothing
+
+CLAIMS = {
+    1: "Hybrid is more accurate than block at equal sparsity",
+    2: "Hybrid is more accurate than balanced at equal sparsity",
+    3: "Within a fixed drop of dense accuracy, hybrid reaches a higher sparsity",
+    4: "Hybrid's measured inference speed lies between block's and balanced's",
+    5: "Without a regularizer, hybrid is at least as accurate as block with group lasso",
+}
+_ACCURACY_RIVALS = {1: "block", 2: "balanced", 5: "block-group-lasso"}
+
+
+def interval(differences: pd.Series | np.ndarray) -> tuple[float, float, float]:
+    """Mean of paired differences and the bounds of its 95 % confidence interval (Student's t).
+
+    The bounds are NaN for fewer than two differences.
+    """
+    values = np.asarray(differences, dtype=float)
+    mean = float(values.mean()) if len(values) else math.nan
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half_width, mean + half_width
+
+
+def verdict(low: float, high: float) -> str:
+    """``supported`` if the whole interval lies above zero, ``contradicted`` if it lies below, else ``undecided``."""
+    if low > 0:
+        return "supported"
+    return "contradicted" if high < 0 else "undecided"
+
+
+def paired_differences(accuracy: pd.DataFrame, rival: str) -> pd.DataFrame:
+    """Accuracy of hybrid minus that of `rival` in points, index (target_sparsity), columns seeds, of one data set."""
+    grid = accuracy.pivot_table(index=["target_sparsity", "seed"], columns="pattern", values="accuracy_pct")
+    if not {"hybrid", rival} <= set(grid.columns):
+        return pd.DataFrame()
+    return (grid["hybrid"] - grid[rival]).dropna().unstack("seed")
+
+
+def reached_sparsity(accuracy: pd.DataFrame, drop: float) -> float:
+    """The highest sparsity at which a method stays within `drop` points of dense, for one method and seed.
+
+    Between two tested sparsities accuracy is taken as linear in the logarithm of density. NaN if even the lowest
+    tested sparsity falls short, the highest tested one if none does.
+    """
+    rows = accuracy.sort_values("sparsity")
+    spare = (rows["accuracy_pct"] - rows["accuracy_dense_pct"] + drop).to_numpy()
+    log_density = np.log(1 - rows["sparsity"].to_numpy())
+    fine = np.flatnonzero(spare >= 0)
+    if len(fine) == 0:
+        return math.nan
+    last = fine[-1]
+    if last == len(spare) - 1:
+        return float(rows["sparsity"].iloc[-1])
+    share = spare[last] / (spare[last] - spare[last + 1])
+    return float(1 - np.exp(log_density[last] + share * (log_density[last + 1] - log_density[last])))
+
+
+def decide(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim, data set and comparison, from a table of accuracies (results/<profile>/accuracy.csv).
+
+    Columns: claim, dataset, comparison, seeds, difference, low, high (mean and 95 % interval of the paired
+    differences), unit, verdict, remark (what the row rests on or what is missing).
+    """
+    rows = []
+    for dataset, group in accuracy.groupby("dataset", sort=False):
+        for claim, rival in _ACCURACY_RIVALS.items():
+            rows += _accuracy_rows(claim, dataset, group, rival)
+        for rival in ("block", "balanced"):
+            rows += [_reach_row(dataset, group, rival, drop) for drop in DROPS]
+        rows.append(_row(4, dataset, "speed of hybrid, block, balanced", [], "", "latencies are not measured yet"))
+    return pd.DataFrame(rows).sort_values(["claim", "dataset"], kind="stable", ignore_index=True)
+
+
+def seeds_needed(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """For each undecided claim on accuracy: how many seeds would move its interval off zero at today's mean and SD."""
+    decided = decide(accuracy)
+    rows = decided[(decided["verdict"] == "undecided") & (decided["seeds"] >= 2)]
+    needed = []
+    for row in rows.itertuples():
+        half_width = row.high - row.difference
+        deviation = half_width * math.sqrt(row.seeds) / stats.t.ppf((1 + CONFIDENCE) / 2, row.seeds - 1)
+        enough = (
+            n
+            for n in range(2, 1001)
+            if stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * deviation / math.sqrt(n) < abs(row.difference)
+        )
+        needed.append(str(next(enough, "more than 1000")))
+    columns = rows[["claim", "dataset", "comparison", "seeds", "difference"]]
+    return columns.assign(seeds_needed=needed)
+
+
+def _accuracy_rows(claim: int, dataset: str, group: pd.DataFrame, rival: str) -> list[dict]:
+    differences = paired_differences(group, rival)
+    decisive = differences[differences.index >= DECIDED_FROM] if len(differences) else differences
+    name = f"hybrid − {rival}"
+    if decisive.empty:
+        remark = f"no pair of hybrid and {rival} at {100 * DECIDED_FROM:.0f} % sparsity or more"
+        return [_row(claim, dataset, name, [], "points", remark)]
+    complete = decisive.dropna(axis=1)  # only seeds that have every sparsity count in the mean over sparsities
+    tested = ", ".join(f"{100 * s:g}" for s in decisive.index)
+    rows = [_row(claim, dataset, name, complete.mean(axis=0), "points", f"mean over {tested} % sparsity")]
+    for sparsity, values in differences.iterrows():
+        row = _row(claim, dataset, f"{name} at {100 * sparsity:g} %", values.dropna(), "points", "")
+        rows.append(row | {"verdict": ORIENTATION})
+    return rows
+
+
+def _reach_row(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> dict:
+    reached = {
+        (pattern, seed): reached_sparsity(rows, drop)
+        for (pattern, seed), rows in group[group["pattern"].isin(["hybrid", rival])].groupby(["pattern", "seed"])
+    }
+    seeds = sorted({seed for pattern, seed in reached if pattern == "hybrid"} & {s for p, s in reached if p == rival})
+    gains = [100 * (reached["hybrid", seed] - reached[rival, seed]) for seed in seeds]
+    name = f"hybrid − {rival}, drop of {drop:g}"
+    short = sum(math.isnan(gain) for gain in gains)
+    if short:
+        remark = f"{short} of {len(gains)} seeds: hybrid or {rival} drops further already at the lowest tested sparsity"
+        return _row(3, dataset, name, [], "points of sparsity", remark)
+    highest = group["sparsity"].max()
+    at_end = sum(value >= highest - 0.005 for value in reached.values())
+    remark = f"{at_end} of {len(reached)} networks end at the highest tested sparsity" if at_end else "interpolated"
+    return _row(3, dataset, name, gains, "points of sparsity", remark)
+
+
+def _row(claim: int, dataset: str, comparison: str, differences, unit: str, remark: str) -> dict:
+    mean, low, high = interval(differences)
+    if len(differences) == 0:
+        decision = "no data"
+    elif len(differences) == 1:
+        decision, remark = "undecided", f"{remark}; one seed gives no interval"
+    else:
+        decision = verdict(low, high)
+    return {
+        "claim": claim,
+        "dataset": dataset,
+        "comparison": comparison,
+        "seeds": len(differences),
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "unit": unit,
+        "verdict": decision,
+        "remark": remark,
+    }

@@ -1,0 +1,340 @@
+"""Figures and tables, each a pure function of a tidy table."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from reprolib.patterns import Hybrid, gemm_view
+from reprolib.records import write_atomically
+
+# One colour and marker per method in every figure (Okabe & Ito's palette, safe for colour-blind readers).
+STYLE = {
+    "unstructured": ("#999999", "D"),
+    "balanced": ("#0072B2", "s"),
+    "vector": ("#009E73", "v"),
+    "hybrid": ("#D55E00", "o"),
+    "block": ("#CC79A7", "^"),
+    "block-group-lasso": ("#E69F00", "P"),
+    "random-hybrid": ("#56B4E9", "X"),
+}
+SPARE_COLORS = sns.color_palette("dark")
+VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#777777", "no data": "#BBBBBB"}
+DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+
+
+def theme() -> None:
+    """Set the look of all figures."""
+    sns.set_theme(context="notebook", style="whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "svg.hashsalt": "reprolib", "svg.fonttype": "none"})
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write ``stem.svg`` and ``stem.png``, each atomically and without a date: equal data give equal files."""
+    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", metadata=metadata)
+        write_atomically(stem.with_suffix(suffix), buffer.getvalue())
+
+
+def save_table(table: pd.DataFrame, stem: Path) -> None:
+    """Write a table of texts as ``stem.md`` and ``stem.tex``."""
+    write_atomically(stem.with_suffix(".md"), table.to_markdown() + "\n")
+    escaped = table.rename(columns=_tex, index=_tex).map(_tex)
+    write_atomically(stem.with_suffix(".tex"), escaped.style.to_latex(hrules=True))
+
+
+def _tex(value: object) -> str:
+    return str(value).replace("%", r"\%").replace("&", r"\&").replace("_", r"\_").replace("±", r"$\pm$")
+
+
+# --- Masks ----------------------------------------------------------------------------------------------------------
+
+
+def mask_anatomy(weight: torch.Tensor, pattern: Hybrid, sparsity: float) -> Figure:
+    """The fine mask, the coarse mask and their AND, in GEMM view, each with the sparsity it achieves.
+
+    The halves are drawn at the sparsities that the hybrid gives them.
+    """
+    both = pattern.mask(weight, sparsity)
+    fine = pattern.fine.mask(weight, 1 - (1 - sparsity) ** pattern.split)
+    density_coarse = min(1.0, both.sum().item() / fine.sum().item())
+    coarse = pattern.coarse.mask(weight, 1 - density_coarse)
+    panels = {f"{pattern.fine}": fine, f"{pattern.coarse}": coarse, "AND": both}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    for axis, (title, mask) in zip(axes, panels.items(), strict=True):
+        draw_mask(mask, axis, title)
+    axes[0].set_ylabel("output channel")
+    return figure
+
+
+def draw_mask(mask: torch.Tensor, axis: plt.Axes, title: str = "") -> None:
+    """Draw a mask in GEMM view: dark = kept."""
+    matrix = gemm_view(mask).cpu().numpy()
+    axis.imshow(matrix, cmap=ListedColormap(["#f2f0eb", "#1f4e79"]), aspect="auto", interpolation="nearest", vmin=0)
+    axis.set(
+        xlabel="column of the GEMM view (tap, channel)",
+        title=f"{title}\n{100 * (1 - matrix.mean()):.1f} % sparse".strip(),
+    )
+    axis.grid(False)
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+def training_curves(curves: dict[str, list[dict]]) -> Figure:
+    """Loss and validation accuracy over epochs; one line per named curve."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for name, curve in curves.items():
+        frame = pd.DataFrame(curve)
+        left.plot(frame["epoch"], frame["loss_train"], marker=".", label=name)
+        right.plot(frame["epoch"], frame["accuracy_validation_pct"], marker=".", label=name)
+    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", yscale="log")
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(curves) > 1:
+        right.legend(frameon=False, fontsize="small")
+    return figure
+
+
+# --- Accuracy -------------------------------------------------------------------------------------------------------
+
+
+def accuracy_vs_sparsity(accuracy: pd.DataFrame) -> Figure:
+    """Mean ± SD over seeds of the test accuracy against achieved sparsity; one panel per data set.
+
+    The horizontal axis is logarithmic in density. Methods are set apart by a few per cent of density at each target,
+    so that their bars can be told apart; the ticks are the targets.
+    """
+    pruned = accuracy[accuracy["pattern"] != "dense"]
+    datasets = list(pruned["dataset"].unique())
+    figure, axes = plt.subplots(
+        1, len(datasets), figsize=(7.2 * len(datasets), 4.8), squeeze=False, layout="constrained"
+    )
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        rows = pruned[pruned["dataset"] == dataset]
+        _dense_line(axis, accuracy[(accuracy["dataset"] == dataset) & (accuracy["pattern"] == "dense")])
+        methods = _ordered(rows["pattern"].unique())
+        for place, method in enumerate(methods):
+            points = rows[rows["pattern"] == method].groupby("target_sparsity")
+            density = 1 - points["sparsity"].mean()
+            nudge = np.exp(0.025 * (place - (len(methods) - 1) / 2))
+            color, marker = style(method)
+            axis.errorbar(
+                density / nudge,
+                points["accuracy_pct"].mean(),
+                yerr=points["accuracy_pct"].std(ddof=1),
+                color=color,
+                marker=marker,
+                markersize=6.5,
+                markeredgecolor="white",
+                linewidth=2.4 if method == "hybrid" else 1.5,
+                linestyle="--" if method.startswith("random") else "-",
+                capsize=2,
+                zorder=3 if method == "hybrid" else 2,
+                label=method.replace("-", " "),
+            )
+        _sparsity_axis(axis, sorted(rows["target_sparsity"].unique()))
+        axis.set(title=_panel_title(rows), ylabel="test accuracy (%)")
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _dense_line(axis: plt.Axes, dense: pd.DataFrame) -> None:
+    if dense.empty:
+        return
+    mean, deviation = dense["accuracy_pct"].mean(), dense["accuracy_pct"].std(ddof=1)
+    axis.axhline(mean, color="#333333", linewidth=1.2, linestyle=":", label="dense")
+    if len(dense) > 1:
+        axis.axhspan(mean - deviation, mean + deviation, color="#333333", alpha=0.08, linewidth=0)
+
+
+def _sparsity_axis(axis: plt.Axes, targets: list[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_xlim((1 - targets[0]) * 1.25, (1 - targets[-1]) / 1.25)
+    axis.set_xticks([1 - target for target in targets])
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * (1 - density):.4g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("sparsity of the pruned layers (%), log scale of density")
+
+
+def _panel_title(rows: pd.DataFrame) -> str:
+    seeds = rows["seed"].nunique()
+    width = rows["width"].iloc[0]
+    name = DATASETS.get(rows["dataset"].iloc[0], rows["dataset"].iloc[0])
+    return f"{name}, VGG-16 ×{width:g}: mean ± SD of {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def accuracy_table(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Texts "mean ± SD" of test accuracy in percent: rows are data set and method, columns target sparsities."""
+    rows = accuracy.assign(
+        method=accuracy["pattern"] + (": " + accuracy["spec"]).fillna(""),
+        place=accuracy["pattern"].map({name: n for n, name in enumerate(["dense", *_ordered(accuracy["pattern"])])}),
+        target_sparsity=accuracy["target_sparsity"].fillna(0),
+    )
+    grid = rows.pivot_table(
+        index=["dataset", "place", "method"], columns="target_sparsity", values="accuracy_pct", aggfunc=mean_sd
+    )
+    grid.index = [f"{DATASETS.get(dataset, dataset)}, {method}" for dataset, _, method in grid.index]
+    grid.columns = [f"{100 * target:g} %" for target in grid.columns]
+    return grid.fillna("")
+
+
+def mean_sd(values: pd.Series) -> str:
+    """ "mean ± SD", or the value alone if there is one."""
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def style(method: str) -> tuple:
+    """Colour and marker of a method; methods of your own get spare ones, the same in every figure."""
+    return STYLE.get(method, (SPARE_COLORS[sum(method.encode()) % len(SPARE_COLORS)], "h"))
+
+
+def _ordered(methods) -> list[str]:
+    known = [method for method in STYLE if method in set(methods)]
+    return known + sorted(set(methods) - set(STYLE) - {"dense"})
+
+
+# --- Ablations ------------------------------------------------------------------------------------------------------
+
+
+def bank_block_heatmap(ablations: pd.DataFrame) -> Figure:
+    """Mean test accuracy of plain hybrids over bank (K) and block size (R = S) at one sparsity."""
+    rows = ablations[ablations["spec"].str.fullmatch(r"Balanced\(\d+\) & Block\(\d+, \d+\)") & plain(ablations)]
+    grid = rows.pivot_table(index="bank", columns="block_rows", values="accuracy_pct").sort_index(ascending=False)
+    figure, axis = plt.subplots(figsize=(1.25 * grid.shape[1] + 2.6, 0.85 * grid.shape[0] + 1.6), layout="constrained")
+    sns.heatmap(
+        grid.astype(float),
+        annot=True,
+        fmt=".2f",
+        cmap="cividis",
+        linewidths=1.5,
+        cbar_kws={"label": "test accuracy (%)"},
+        ax=axis,
+    )
+    axis.set(xlabel="block (rows = columns)", ylabel="bank K", title=f"{_sparsity_text(rows)} sparsity")
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def plain(frame: pd.DataFrame) -> pd.Series:
+    """Rows that vary nothing but the pattern: default score, schedule, ratios, retraining, no penalty."""
+    return (
+        (frame["score"] == "magnitude")
+        & (frame["schedule"] == "gradual")
+        & (frame["ratios"] == "uniform")
+        & (frame["retraining"] == "lr-rewinding")
+        & (frame["group_lasso"] == 0)
+    )
+
+
+def variations(ablations: pd.DataFrame, default_spec: str) -> pd.DataFrame:
+    """The rows that differ from the plain `default_spec` in one thing, with a column `variation` that names it."""
+    rows = ablations.copy()
+
+    def name(row) -> str | None:
+        if row["pattern"] != "hybrid":
+            return None
+        changed = []
+        if row["schedule"] != "gradual":
+            changed.append(f"{row['schedule']} schedule")
+        if row["retraining"] != "lr-rewinding":
+            changed.append(row["retraining"])
+        if row["ratios"] != "uniform":
+            changed.append(f"{row['ratios']} ratios")
+        if "split=" in row["spec"]:
+            changed.append("split " + row["spec"].split("split=")[1].rstrip(")"))
+        if row["spec"] == default_spec and not changed:
+            return "default"
+        return changed[0] if len(changed) == 1 else None
+
+    rows["variation"] = rows.apply(name, axis=1)
+    return rows.dropna(subset="variation")
+
+
+def variation_dots(rows: pd.DataFrame) -> Figure:
+    """Test accuracy of each variation (see `variations`), one dot per network, the default as a line."""
+    order = rows.groupby("variation")["accuracy_pct"].mean().sort_values(ascending=False).index
+    figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(order) + 1.4), layout="constrained")
+    default = rows.loc[rows["variation"] == "default", "accuracy_pct"].mean()
+    axis.axvline(default, color=STYLE["hybrid"][0], linewidth=1.2, linestyle=":")
+    sns.stripplot(
+        rows,
+        y="variation",
+        x="accuracy_pct",
+        order=order,
+        hue=rows["variation"] == "default",
+        jitter=False,
+        size=8,
+        palette={True: STYLE["hybrid"][0], False: "#444444"},
+        legend=False,
+        ax=axis,
+    )
+    axis.set(xlabel="test accuracy (%)", ylabel="", title=f"hybrid at {_sparsity_text(rows)} sparsity")
+    axis.grid(axis="y", alpha=0.4)
+    return figure
+
+
+def _sparsity_text(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{100 * s:g} %" for s in sorted(rows["target_sparsity"].unique()))
+
+
+# --- Claims ---------------------------------------------------------------------------------------------------------
+
+
+def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
+    """Paired differences with 95 % intervals; the rows that decide are coloured by their verdict."""
+    rows = claims[(claims["unit"] == unit) & claims["difference"].notna()].iloc[::-1]
+    figure, axis = plt.subplots(figsize=(8, 0.36 * max(len(rows), 2) + 1.5), layout="constrained")
+    axis.axvline(0, color="#333333", linewidth=1)
+    labels = []
+    for place, row in enumerate(rows.itertuples()):
+        decides = row.verdict in VERDICT_COLORS
+        color = VERDICT_COLORS.get(row.verdict, "#AAAAAA")
+        if not np.isnan(row.low):
+            axis.plot([row.low, row.high], [place, place], color=color, linewidth=3 if decides else 1.5)
+        axis.plot(row.difference, place, "o", color=color, markersize=8 if decides else 5, markeredgecolor="white")
+        name = f"claim {row.claim}, {DATASETS.get(row.dataset, row.dataset)}: {row.comparison}"
+        labels.append(name if decides else row.comparison.split(" at ")[-1])
+    axis.set_yticks(range(len(rows)), labels)
+    for label, row in zip(axis.get_yticklabels(), rows.itertuples(), strict=True):
+        label.set_fontweight("bold" if row.verdict in VERDICT_COLORS else "normal")
+    shown = [v for v in VERDICT_COLORS if v in set(rows["verdict"])]
+    handles = [plt.Line2D([], [], color=VERDICT_COLORS[v], marker="o", linewidth=3, label=v) for v in shown]
+    axis.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_xlabel(f"hybrid minus rival ({unit}):\nmean and 95 % interval over seeds")
+    axis.grid(axis="y", alpha=0)
+    return figure
+
+
+def claims_table(claims: pd.DataFrame, texts: dict[int, str]) -> pd.DataFrame:
+    """The deciding rows of `claims` as texts: claim, data set, comparison, difference with interval, verdict."""
+    rows = claims[claims["verdict"].isin(VERDICT_COLORS)]
+
+    def difference(row) -> str:
+        if np.isnan(row.difference):
+            return "–"
+        bounds = "" if np.isnan(row.low) else f" [{row.low:+.2f}, {row.high:+.2f}]"
+        return f"{row.difference:+.2f}{bounds} {row.unit}"
+
+    return pd.DataFrame(
+        {
+            "claim": [f"{row.claim}. {texts[row.claim]}" for row in rows.itertuples()],
+            "data": [DATASETS.get(row.dataset, row.dataset) for row in rows.itertuples()],
+            "comparison": rows["comparison"].to_list(),
+            "difference, 95 % interval": [difference(row) for row in rows.itertuples()],
+            "seeds": rows["seeds"].to_list(),
+            "verdict": [f"**{row.verdict}**" for row in rows.itertuples()],
+            "remark": rows["remark"].to_list(),
+        }
+    ).set_index("claim")

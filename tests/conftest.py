@@ -1,0 +1,52 @@
+"""Shared by all tests: one thread, repeatable hypothesis examples, small data and small networks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from reprolib import data
+from reprolib.data import Split
+
+settings.register_profile("reprolib", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("reprolib")
+torch.set_num_threads(1)  # results are bit-identical for equal thread counts
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits):
+    """96 training, 32 validation and 32 test images."""
+
+    def first(split, count):
+        return Split(split.images[:count], split.labels[:count])
+
+    return replace(
+        digits, train=first(digits.train, 96), validation=first(digits.validation, 32), test=first(digits.test, 32)
+    )
+
+
+@pytest.fixture
+def small_net():
+    """Builds a fresh network of two convolutions and a classifier; the same weights at every call."""
+
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(
+                nn.Conv2d(3, 8, 4, stride=4),
+                nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+                nn.Linear(128, 10),
+            )
+
+    return build

@@ -1,0 +1,142 @@
+import math
+
+import pandas as pd
+import pytest
+
+from reprolib import claims
+
+
+def accuracy_frame(values: dict, dataset="cifar10", dense=90.0) -> pd.DataFrame:
+    """{(pattern, target): [accuracy per seed]} as a table of results whose achieved sparsity is the target."""
+    rows = [
+        {
+            "dataset": dataset,
+            "pattern": pattern,
+            "target_sparsity": target,
+            "sparsity": target,
+            "seed": seed,
+            "accuracy_dense_pct": dense,
+            "accuracy_pct": accuracy,
+        }
+        for (pattern, target), accuracies in values.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    return pd.DataFrame(rows)
+
+
+def deciding(frame: pd.DataFrame, claim: int, comparison: str = "") -> pd.Series:
+    decided = claims.decide(frame)
+    rows = decided[(decided["claim"] == claim) & (decided["verdict"] != claims.ORIENTATION)]
+    rows = rows[rows["comparison"].str.contains(comparison, regex=False)]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_interval_of_one_two_three():
+    # SD 1, t(0.975, 2) = 4.302653, half-width 4.302653 / sqrt(3)
+    mean, low, high = claims.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert (low, high) == pytest.approx((2 - 2.4841377, 2 + 2.4841377), abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[], [1.5]])
+def test_fewer_than_two_differences_have_no_interval(values):
+    _, low, high = claims.interval(values)
+    assert math.isnan(low) and math.isnan(high)
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "expected"),
+    [([85.0, 85.1, 85.2], "supported"), ([79.0, 79.1, 79.2], "contradicted"), ([79.0, 82.1, 82.0], "undecided")],
+)
+def test_verdict_follows_the_interval(hybrid, expected):
+    frame = accuracy_frame({("hybrid", 0.9): hybrid, ("block", 0.9): [82.0, 82.2, 82.1]})
+    assert deciding(frame, 1)["verdict"] == expected
+
+
+def test_differences_are_paired_by_seed():
+    # Seeds differ by whole points, the difference of each pair is exactly 0.1 or 0.2.
+    frame = accuracy_frame({("hybrid", 0.95): [80.2, 85.2, 90.1], ("block", 0.95): [80.0, 85.0, 90.0]})
+    row = deciding(frame, 1)
+    assert row["verdict"] == "supported"
+    assert row["difference"] == pytest.approx(0.5 / 3)
+    shuffled = frame.sample(frac=1, random_state=1)
+    assert deciding(shuffled, 1)["low"] == pytest.approx(row["low"])
+
+
+def test_sparsities_below_ninety_decide_nothing():
+    frame = accuracy_frame(
+        {
+            ("hybrid", 0.8): [99.0, 99.1],
+            ("block", 0.8): [50.0, 50.0],
+            ("hybrid", 0.9): [70.0, 70.1],
+            ("block", 0.9): [80.0, 80.0],
+        }
+    )
+    assert deciding(frame, 1)["verdict"] == "contradicted"
+    at_80 = claims.decide(frame).query("comparison == 'hybrid − block at 80 %'").iloc[0]
+    assert at_80["verdict"] == claims.ORIENTATION and at_80["difference"] == pytest.approx(49.05)
+
+
+def test_one_seed_is_undecided_and_says_so():
+    row = deciding(accuracy_frame({("hybrid", 0.9): [85.0], ("block", 0.9): [80.0]}), 1)
+    assert row["verdict"] == "undecided" and "one seed" in row["remark"]
+
+
+def test_missing_rival_is_no_data():
+    row = deciding(accuracy_frame({("hybrid", 0.9): [85.0, 85.1]}), 2)
+    assert row["verdict"] == "no data" and "balanced" in row["remark"]
+
+
+def test_a_seed_without_its_partner_does_not_count():
+    frame = accuracy_frame({("hybrid", 0.9): [85.0, 85.1, 10.0], ("block", 0.9): [80.0, 80.0]})
+    row = deciding(frame, 1)
+    assert row["seeds"] == 2 and row["verdict"] == "supported"
+
+
+def test_reached_sparsity_interpolates_in_log_density():
+    # Drop 1: spare +0.5 at 75 %, -0.5 at 93.75 %: half way in log density, from 1/4 to 1/16, is 1/8.
+    rows = accuracy_frame({("hybrid", 0.75): [89.5], ("hybrid", 0.9375): [88.5]})
+    assert claims.reached_sparsity(rows, 1.0) == pytest.approx(0.875)
+
+
+def test_reached_sparsity_at_the_ends():
+    rows = accuracy_frame({("hybrid", 0.8): [89.9], ("hybrid", 0.9): [89.8]})
+    assert claims.reached_sparsity(rows, 0.5) == 0.9
+    assert math.isnan(claims.reached_sparsity(rows, 0.05))
+
+
+def test_claim_3_compares_what_is_reached():
+    frame = accuracy_frame(
+        {
+            ("hybrid", 0.75): [89.5, 89.6],
+            ("hybrid", 0.9375): [88.5, 88.4],
+            ("block", 0.75): [89.1, 89.1],
+            ("block", 0.9375): [80.0, 80.0],
+        }
+    )
+    row = deciding(frame, 3, "block, drop of 1")
+    assert row["unit"] == "points of sparsity" and row["difference"] > 10 and row["seeds"] == 2
+
+
+def test_claim_3_without_a_method_that_stays_within_the_drop():
+    frame = accuracy_frame({("hybrid", 0.9): [70.0, 71.0], ("block", 0.9): [60.0, 61.0]})
+    row = deciding(frame, 3, "block, drop of 0.5")
+    assert row["verdict"] == "no data" and "2 of 2 seeds" in row["remark"]
+
+
+def test_each_data_set_gets_its_own_verdict():
+    one = accuracy_frame({("hybrid", 0.9): [85.0, 85.1], ("block", 0.9): [80.0, 80.0]})
+    two = accuracy_frame({("hybrid", 0.9): [60.0, 60.1], ("block", 0.9): [70.0, 70.0]}, dataset="cifar100")
+    decided = claims.decide(pd.concat([one, two]))
+    verdicts = decided[(decided["claim"] == 1) & (decided["verdict"] != claims.ORIENTATION)]
+    assert dict(zip(verdicts["dataset"], verdicts["verdict"], strict=True)) == {
+        "cifar10": "supported",
+        "cifar100": "contradicted",
+    }
+
+
+def test_seeds_needed_shrinks_the_interval_past_zero():
+    frame = accuracy_frame({("hybrid", 0.9): [81.0, 82.0, 83.0], ("block", 0.9): [81.0, 81.0, 81.0]})
+    # mean 1, SD 1: t(n - 1) / sqrt(n) < 1 first holds for n = 7 (2.447 / 2.646)
+    assert claims.seeds_needed(frame)["seeds_needed"].to_list() == ["7"]

@@ -1,0 +1,93 @@
+"""The network has the layers, sizes and costs of VGG-16, counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from reprolib.models import describe_layers, layer_flops, vgg16, weights
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        # Convolutions (9 * C_in * C_out each) + batch norm (2 per channel) + classifier.
+        ({"num_classes": 10}, 14_710_464 + 8_448 + 5_130),
+        ({"num_classes": 100}, 14_710_464 + 8_448 + 51_300),
+        ({"num_classes": 10, "hidden": (512, 512)}, 14_710_464 + 8_448 + 2 * 262_656 + 5_130),
+        ({"num_classes": 10, "width": 0.25}, 919_728 + 2_112 + 1_290),
+    ],
+    ids=["full", "cifar100", "two-hidden-layers", "quarter-width"],
+)
+def test_number_of_parameters(options, parameters):
+    with torch.device("meta"):
+        model = vgg16(**options)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("width", "channels"),
+    [
+        (1.0, [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]),
+        (0.25, [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128]),
+        (1 / 64, [1, 1, 2, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8]),
+    ],
+)
+def test_thirteen_convolutions_whose_channels_scale_with_the_width(width, channels):
+    with torch.device("meta"):
+        model = vgg16(10, width)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [conv.out_channels for conv in convolutions] == channels
+    assert [conv.in_channels for conv in convolutions] == [3, *channels[:-1]]
+
+
+def test_convolutions_start_with_the_variance_that_relu_asks_for():
+    torch.manual_seed(0)
+    conv = list(weights(vgg16(10, 0.25)).values())[7]  # from 64 to 128 channels
+    assert conv.shape == (128, 64, 3, 3)
+    assert conv.var().item() == pytest.approx(2 / (9 * 128), rel=0.03)  # He et al., 2015, by the outputs
+
+
+def test_logits_have_one_column_per_class():
+    assert vgg16(100, 1 / 16, hidden=(8,))(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize("width", [1 / 65, 0, -1])
+def test_width_that_leaves_no_channels_is_refused(width):
+    with pytest.raises(ValueError, match=f"width {width} leaves the first layer .* use at least 1/64"):
+        vgg16(10, width)
+
+
+def test_weights_are_those_of_convolutions_and_linear_layers_in_order():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Flatten(), nn.Linear(16, 2)))
+    named = weights(model)
+    assert list(named) == ["0", "2.1"]
+    assert named["0"] is model[0].weight and named["2.1"] is model[2][1].weight
+
+
+def test_flops_of_a_convolution_and_a_linear_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, 10))
+    # 2 per multiply-add: 8x8 places, 4 filters of 3x3x3; then 256 x 10.
+    assert layer_flops(model, (3, 16, 16)) == {"0": 2 * 64 * 4 * 27, "3": 2 * 256 * 10}
+
+
+def test_flops_of_vgg16():
+    flops = layer_flops(vgg16(10))
+    assert len(flops) == 14
+    assert sum(flops.values()) == 2 * 313_201_664
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_flops_leaves_the_model_as_it_was(training):
+    model = vgg16(10, 1 / 16).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer_flops(model)
+    assert all(module.training == training and not module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_description_has_a_row_per_layer_that_holds_weights():
+    table = describe_layers(nn.Sequential(nn.Conv2d(3, 4, 3, stride=4, padding=1), nn.Flatten(), nn.Linear(256, 2)))
+    assert table.reset_index().to_dict("records") == [
+        {"layer": "0", "shape": "4×3×3×3", "weights": 108, "FLOPs": 2 * 64 * 108},
+        {"layer": "2", "shape": "2×256", "weights": 512, "FLOPs": 2 * 512},
+    ]

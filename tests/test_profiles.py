@@ -1,0 +1,129 @@
+"""Profiles list the experiments of a reproduction, and a typo in one shows before anything is trained."""
+
+import pytest
+import torch
+import yaml
+
+from reprolib import paths, profiles
+from reprolib.experiments import check_target
+from reprolib.models import vgg16
+from reprolib.patterns import parse
+from reprolib.pruning import make_masks, prunable, uniform_ratios
+from reprolib.training import Recipe
+
+SETTINGS = {
+    "purpose": "tests",
+    "threads": 1,
+    "datasets": ["digits", "cifar10"],
+    "width": 0.25,
+    "hidden": [8],
+    "seeds": [0, 1],
+    "recipe": {"epochs": 3, "lr": 0.05},
+    "retraining_epochs": 2,
+    "sparsities": [0.5, 0.75],
+    "methods": {"block": {"pattern": "Block(4, 4)"}, "hybrid": {"pattern": "Balanced(4) & Block(4, 4)", "seeds": [1]}},
+    "ablations": {
+        "small": {"pattern": "Block(2, 2)", "sparsities": [0.9], "seeds": [0], "datasets": ["cifar10"], "epochs": 1}
+    },
+}
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads SETTINGS, with changes, as the profile ``mine``; None drops a key."""
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+
+    def write_and_load(**changes):
+        settings = {key: value for key, value in (SETTINGS | changes).items() if value is not None}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+        return profiles.load("mine")
+
+    return write_and_load
+
+
+def test_profile_builds_the_experiments_of_a_method(load):
+    profile = load()
+    half, three_quarters = profile.pruned("block", "digits", 1)
+    assert (half.sparsity, three_quarters.sparsity) == (0.5, 0.75)
+    assert half.dense == three_quarters.dense == profile.dense("digits", 1)
+    assert (half.dense.dataset, half.dense.seed, half.dense.width, half.dense.hidden) == ("digits", 1, 0.25, (8,))
+    assert half.dense.recipe == Recipe(epochs=3, lr=0.05)
+    assert (half.pattern, half.epochs) == ("Block(4, 4)", 2)
+
+
+def test_method_may_restrict_sparsities_seeds_and_data_sets_and_set_fields(load):
+    profile = load()
+    [only] = profile.pruned("small", "cifar10", 0)
+    assert (only.sparsity, only.epochs) == (0.9, 1)
+    assert profile.pruned("small", "digits", 0) == profile.pruned("small", "cifar10", 1) == []
+
+
+def test_jobs_do_one_seed_of_everything_first(load):
+    profile = load()
+    assert profile.jobs("methods") == [
+        ("block", "digits", 0),
+        ("block", "cifar10", 0),
+        ("block", "digits", 1),
+        ("hybrid", "digits", 1),
+        ("block", "cifar10", 1),
+        ("hybrid", "cifar10", 1),
+    ]
+    assert profile.jobs("ablations") == [("small", "cifar10", 0)]
+
+
+def test_unknown_profile_is_refused_with_the_choice(load):
+    load()
+    with pytest.raises(ValueError, match="unknown profile 'huge': known are mine"):
+        profiles.load("huge")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.1}, "profile mine: these keys are missing or unknown: learning_rate"),
+        ({"width": None, "seeds": None}, "missing or unknown: seeds, width"),
+        ({"methods": {"block": {"pattern": "Block(4, 4)", "epoch": 3}}}, "profile mine.*no field epoch$"),
+        ({"methods": {"block": {"pattern": "Blok(4, 4)"}}}, "unknown pattern 'Blok'"),
+        ({"methods": {"block": {"pattern": "Block(4, 4)", "schedule": "slow"}}}, "schedule 'slow' is unknown"),
+        ({"datasets": ["mnist"]}, "unknown data set 'mnist'"),
+        ({"recipe": {"epochs": 0}}, "epochs must be a whole number"),
+    ],
+)
+def test_typo_in_a_profile_shows_on_loading(load, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(**changes)
+
+
+def test_unknown_method_is_refused_with_the_choice(load):
+    with pytest.raises(ValueError, match="unknown method 'blok' in profile mine: known are block, hybrid, small"):
+        load().pruned("blok", "digits", 0)
+
+
+# --- The profiles that come with the project --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed(name):
+    profile = profiles.load(name)
+    experiments = [
+        e for section in ("methods", "ablations") for job in profile.jobs(section) for e in profile.pruned(*job)
+    ]
+    assert len({e.run_id for e in experiments}) >= len(profile.methods) * len(profile.seeds)
+    assert len({e.dense for e in experiments}) == len(profile.seeds) * len(profile.datasets)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
+    profile = profiles.load(name)
+    if profile.width > 0.25:
+        pytest.skip("the masks of a full VGG-16 take minutes on one core")
+    torch.manual_seed(0)
+    layers = prunable(vgg16(10, profile.width, tuple(profile.hidden)))
+    asked = {
+        (experiment.pattern, experiment.sparsity)
+        for section in ("methods", "ablations")
+        for method, dataset, seed in profile.jobs(section)
+        for experiment in profile.pruned(method, dataset, seed)
+    }
+    for pattern, sparsity in sorted(asked):
+        check_target(parse(pattern), sparsity, make_masks(layers, parse(pattern), uniform_ratios(layers, sparsity)))

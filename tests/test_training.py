@@ -1,0 +1,234 @@
+"""Training repeats bit for bit, keeps to its schedules, and never lets a pruned weight live."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from reprolib.data import Split
+from reprolib.training import (
+    Recipe,
+    accuracy_pct,
+    dense_lr,
+    fine_tuning_lr,
+    fit,
+    mean_loss,
+    rewound_lr,
+)
+
+SHORT = Recipe(epochs=2, batch_size=32, lr=0.02)  # on 96 images: six steps
+
+
+@pytest.fixture
+def before_each_step():
+    """Calls a function with the optimizer before, or after, each of its steps."""
+    handles = []
+
+    def add(function, after=False):
+        register = register_optimizer_step_post_hook if after else register_optimizer_step_pre_hook
+        handles.append(register(lambda optimizer, args, kwargs: function(optimizer)))
+
+    yield add
+    for handle in handles:
+        handle.remove()
+
+
+def trained(model, dataset, recipe=SHORT, seed=0, **options):
+    """The network's weights behind training, and the curve."""
+    curve = fit(model, dataset, recipe, seed=seed, **options)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), curve
+
+
+# --- Repeatability ----------------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_bit_identical_weights_and_curves(few_digits, small_net):
+    first, curve = trained(small_net(), few_digits, seed=1)
+    torch.manual_seed(123)  # the global generator plays no part
+    second, same_curve = trained(small_net(), few_digits, seed=1)
+    assert torch.equal(first, second) and curve == same_curve
+
+
+def test_another_seed_gives_other_weights(few_digits, small_net):
+    assert not torch.equal(trained(small_net(), few_digits, seed=1)[0], trained(small_net(), few_digits, seed=2)[0])
+
+
+def test_network_learns_the_digits(digits, small_net):
+    model = small_net()
+    curve = fit(model, digits, Recipe(epochs=4, batch_size=32, lr=0.02), seed=0)
+    assert curve[-1]["loss_train"] < curve[0]["loss_train"]
+    assert accuracy_pct(model, digits, digits.test) > 80
+
+
+def test_curve_has_a_row_per_epoch(few_digits, small_net):
+    model = small_net()
+    curve = fit(model, few_digits, replace(SHORT, lr=0.5), seed=0)
+    assert [row["epoch"] for row in curve] == [1, 2]
+    assert curve[-1]["lr"] == pytest.approx(0.5 * dense_lr(5 / 6))
+    assert curve[-1]["accuracy_validation_pct"] == accuracy_pct(model, few_digits, few_digits.validation)
+
+
+def test_each_epoch_shows_every_image_once_and_with_its_label(few_digits, monkeypatch):
+    """Grey images of value 20 * label + 5: the value that reaches the loss tells the label."""
+    labels = few_digits.train.labels
+    images = (20 * labels + 5).to(torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3)
+    dataset = replace(few_digits, train=Split(images, labels), mean=(0.0,) * 3, std=(1.0,) * 3)
+    seen, model = [], nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(3072, 10))
+    model[0].register_forward_hook(lambda _, args, __: seen.append(args[0][:, 0, 16, 16]) if model.training else None)
+    cross_entropy, told = F.cross_entropy, []
+
+    def watched(logits, target, **options):
+        told.append(target)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", watched)
+    fit(model, dataset, SHORT, seed=0)
+    assert torch.equal(((torch.cat(seen) * 255 - 5) / 20).round().long(), torch.cat(told))
+    first, second = torch.cat(told).split(96)
+    assert torch.equal(first.bincount(), labels.bincount()) and torch.equal(second.bincount(), labels.bincount())
+    assert not torch.equal(first, second)  # shuffled anew
+
+
+# --- Pruning and penalties inside the loop ----------------------------------------------------------------------------
+
+
+def test_pruned_weights_are_zero_at_every_forward_pass(few_digits, small_net):
+    model = small_net()
+    weight, passes = model[2].weight, []
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept_before = weight.detach()[mask].clone()
+    model.register_forward_pre_hook(
+        lambda module, _: passes.append((module.training, weight[~mask].abs().max().item()))
+    )
+
+    def prune(progress):
+        with torch.no_grad():
+            weight.masked_fill_(~mask, 0.0)
+
+    fit(model, few_digits, SHORT, seed=0, prune=prune)
+    assert passes == 2 * [*3 * [(True, 0.0)], (False, 0.0)]  # three training batches and one of validation per epoch
+    assert (weight[~mask] == 0).all()
+    assert (weight[mask] != kept_before).all()
+
+
+def test_masks_hold_before_each_forward_pass_and_behind_each_step(few_digits, small_net, before_each_step):
+    events, progresses, model = [], [], small_net()
+    before_each_step(lambda optimizer: events.append("step"), after=True)
+    model.register_forward_pre_hook(lambda module, _: events.append("forward") if module.training else None)
+
+    def prune(progress):
+        events.append("prune")
+        progresses.append(progress)
+
+    fit(model, few_digits, SHORT, seed=0, prune=prune)
+    assert events == 6 * ["prune", "forward", "step", "prune"]
+    assert progresses == pytest.approx([0, 0, 1 / 6, 1 / 6, 2 / 6, 2 / 6, 3 / 6, 3 / 6, 4 / 6, 4 / 6, 5 / 6, 5 / 6])
+
+
+def test_penalty_pulls_on_the_weights_and_stays_out_of_the_reported_loss(few_digits, small_net):
+    plain, curve = trained(small_net(), few_digits)
+    constant, same_curve = trained(small_net(), few_digits, penalty=lambda progress: 1000.0)
+    assert torch.equal(plain, constant) and curve == same_curve  # a constant has no gradient
+    model = small_net()
+    shrunk, _ = trained(model, few_digits, penalty=lambda progress: 2 * model[2].weight.square().sum())
+    assert model[2].weight.norm() < 0.5 * small_net()[2].weight.norm()
+    assert shrunk.isfinite().all()
+
+
+# --- Learning rates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"), [(0, 0), (0.05, 0.5), (0.1, 1), (0.325, 0.75), (0.55, 0.5), (0.775, 0.25), (1, 0)]
+)
+def test_dense_schedule_rises_for_a_tenth_then_falls(progress, share):
+    assert dense_lr(progress) == pytest.approx(share)
+
+
+def test_rewinding_repeats_the_tail_of_the_dense_schedule():
+    dense = [dense_lr(step / 40) for step in range(40)]  # ten epochs of four steps
+    assert [rewound_lr(step / 12, 3, 10) for step in range(12)] == pytest.approx(dense[-12:])
+    assert [rewound_lr(step / 40, 10, 10) for step in range(40)] == pytest.approx(dense)
+
+
+def test_rewinding_further_than_the_start_stretches_the_whole_schedule():
+    assert [rewound_lr(p, 20, 10) for p in (0, 0.05, 0.1, 0.55)] == pytest.approx([0, 0.5, 1, 0.5])
+
+
+def test_fine_tuning_is_constant_at_a_hundredth_of_the_peak():
+    assert {fine_tuning_lr(progress) for progress in (0, 0.3, 0.99)} == {0.01}
+
+
+def test_optimizer_gets_the_scheduled_rate_at_each_step(few_digits, small_net, before_each_step):
+    rates = []
+    before_each_step(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
+    fit(small_net(), few_digits, replace(SHORT, lr=0.2), seed=0, lr_at=lambda progress: 1 - progress)
+    assert rates == pytest.approx([0.2, 0.2 * 5 / 6, 0.2 * 4 / 6, 0.1, 0.2 * 2 / 6, 0.2 / 6])
+
+
+# --- Precision and errors ---------------------------------------------------------------------------------------------
+
+
+def test_bf16_trains_weights_that_stay_fp32(few_digits, small_net):
+    fp32, _ = trained(small_net(), few_digits)
+    bf16, _ = trained(small_net(), few_digits, replace(SHORT, precision="bf16"))
+    assert bf16.dtype == torch.float32 and bf16.isfinite().all()
+    assert not torch.equal(bf16, fp32)
+    torch.testing.assert_close(bf16, fp32, atol=0.05, rtol=0.05)
+
+
+def test_diverging_training_stops_with_a_lower_rate_as_advice(few_digits, small_net):
+    with pytest.raises(ValueError, match=r"run 7: the loss became (nan|inf) in epoch 1; try lr below 1e\+20"):
+        fit(small_net(), few_digits, replace(SHORT, lr=1e20), seed=0, lr_at=lambda progress: 1.0, label="run 7")
+
+
+def test_batch_larger_than_the_training_split_is_refused(few_digits, small_net):
+    with pytest.raises(ValueError, match="a batch of 128 is larger than the 96 training images"):
+        fit(small_net(), few_digits, Recipe(epochs=1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, not 0"),
+        ({"epochs": 1, "batch_size": 12.5}, "batch_size must be a whole number of at least 1, not 12.5"),
+        ({"epochs": 1, "precision": "fp8"}, "precision 'fp8' is unknown: use fp32 or bf16"),
+    ],
+)
+def test_bad_recipe_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**fields)
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Says(nn.Module):
+    """A network that gives every image the same logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def test_accuracy_and_loss_of_known_logits(few_digits):
+    labels = torch.zeros(501, dtype=torch.int64)  # more than one chunk of the evaluation
+    labels[:3] = torch.tensor([1, 1, 2])
+    split = Split(torch.zeros(501, 32, 32, 3, dtype=torch.uint8), labels)
+    assert accuracy_pct(Says([5.0, 0.0, 0.0]), few_digits, split) == pytest.approx(100 * 498 / 501)
+    assert mean_loss(Says([2.0, 2.0, 2.0]), few_digits, split) == pytest.approx(math.log(3))
+
+
+def test_evaluation_does_not_train(few_digits):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accuracy_pct(model, few_digits, few_digits.test)
+    assert not model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
