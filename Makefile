@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.graph $(if $(CORES),--cores $(CORES))
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint reproduce figures sweep lab lock clean
+.PHONY: help env data test lint reproduce figures sweep bench lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ figures: env ## redraw figures and tables from the tables of PROFILE, without tr
 
 sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"
+
+bench: env ## time the masks of a full VGG-16
+	$(BIN)/python -m reprolib.bench masks
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -40,10 +40,17 @@ def theme() -> None:
 
 def save(figure: Figure, stem: Path) -> None:
     """Write ``stem.svg`` and ``stem.png``, each atomically and without a date: equal data give equal files."""
-    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", metadata=metadata)
-        write_atomically(stem.with_suffix(suffix), buffer.getvalue())
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    write_atomically(stem.with_suffix(".svg"), buffer.getvalue())
+    write_atomically(stem.with_suffix(".png"), png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as the content of a PNG file, without a date or version in it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def save_table(table: pd.DataFrame, stem: Path) -> None:

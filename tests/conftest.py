@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import nbformat
 import pytest
 import torch
 from hypothesis import settings
@@ -50,3 +51,18 @@ def small_net():
             )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def write_notebook():
+    """Write a notebook with these code cells, the first of them tagged as its parameters; return its path."""
+
+    def write(path, *sources):
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+        notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        notebook.cells[0].metadata["tags"] = ["parameters"]
+        nbformat.write(notebook, path)
+        return path
+
+    return write

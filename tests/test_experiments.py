@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reprolib import data, records, training
+from reprolib import data, pruning, records, training
 from reprolib.experiments import Dense, Pruned, check_target, load_model, run
 from reprolib.patterns import Balanced, Block
 from reprolib.training import Recipe
@@ -193,7 +193,9 @@ def test_all_patterns_of_a_seed_start_from_one_dense_network(folder, monkeypatch
 
 
 def test_equal_experiments_give_bit_identical_networks(folder, tmp_path):
-    first, second = run(HYBRID, folder), run(HYBRID, tmp_path)
+    first = run(HYBRID, folder)
+    torch.manual_seed(99)  # the global generator plays no part
+    second = run(HYBRID, tmp_path)
     assert first["curve"] == second["curve"]
     stored = [load_file(place / HYBRID.run_id / "weights.safetensors") for place in (folder, tmp_path)]
     assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
@@ -272,35 +274,87 @@ def test_every_way_of_pruning_reaches_the_target(folder, changes):
     assert row["sparsity_total"] == pytest.approx(gone / (row["params_kept"] + gone))
 
 
-def test_one_shot_masks_are_those_of_the_dense_network(folder):
-    experiment = replace(HYBRID, pattern="Unstructured()", schedule="one-shot", epochs=1)
-    run(experiment, folder)
-    dense, pruned = load_model(DENSE, folder), load_model(experiment, folder)
-    name, before = list(dense.named_parameters())[3]  # the second convolution: 4 x 4 x 3 x 3
-    after = dict(pruned.named_parameters())[name]
+def test_one_shot_masks_rank_the_dense_weights_and_the_control_does_not(folder):
+    dense = load_model(DENSE, folder)
+    name, before = list(dense.named_parameters())[3]  # the second convolution
     assert before.shape == (4, 4, 3, 3)
-    kept = before.detach().abs().flatten().topk(36).indices
-    assert after.flatten().nonzero().flatten().tolist() == sorted(kept.tolist())
+    largest = sorted(before.detach().abs().flatten().topk(36).indices.tolist())
+    for score in ("magnitude", "random"):
+        experiment = replace(HYBRID, pattern="Unstructured()", schedule="one-shot", score=score)
+        run(experiment, folder)
+        after = dict(load_model(experiment, folder).named_parameters())[name]
+        kept = after.flatten().nonzero().flatten().tolist()
+        assert len(kept) == 36 and (kept == largest) == (score == "magnitude")
 
 
 def test_gradual_masks_of_the_network_freeze_at_two_thirds(folder, monkeypatch):
     """From then on a weight that is zero stays zero, and none is added."""
     fit, snapshots = training.fit, []
 
-    def watched(model, *args, prune, **kwargs):
+    def watched(model, *args, prune=None, **kwargs):
         def watching(progress):
             masks = prune(progress)
             snapshots.append((progress, torch.cat([mask.flatten() for mask in masks.values()])))
             return masks
 
-        return fit(model, *args, prune=watching, **kwargs)
+        return fit(model, *args, prune=prune and watching, **kwargs)
 
     monkeypatch.setattr(training, "fit", watched)
-    run(replace(HYBRID, pattern="Block(4, 4)", epochs=4), folder)
+    fast = replace(DENSE, recipe=replace(DENSE.recipe, lr=0.3))  # steps so large that a new ranking would differ
+    run(Pruned(fast, "Unstructured()", 0.1, epochs=4), folder)
     frozen = [mask for progress, mask in snapshots if progress >= 2 / 3]
     assert len(frozen) > 2 and all(torch.equal(mask, frozen[0]) for mask in frozen)
     kept = [int(mask.sum()) for _, mask in snapshots]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) > 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"epochs": 2}, lambda dense: dense[2:]),
+        ({"epochs": 4}, lambda dense: dense),
+        ({"epochs": 3, "schedule": "iterative"}, lambda dense: 3 * dense[3:]),  # each round rewinds one epoch
+        ({"epochs": 2, "retraining": "fine-tuning"}, lambda dense: 2 * [0.01 * 0.02]),
+    ],
+    ids=["rewinding", "rewinding-to-the-start", "iterative-rewinding", "fine-tuning"],
+)
+def test_retraining_repeats_the_learning_rates_of_dense_training(folder, changes, expected):
+    four_epochs = replace(DENSE, recipe=replace(DENSE.recipe, epochs=4))
+    dense_rates = [epoch["lr"] for epoch in run(four_epochs, folder)["curve"]]
+    curve = run(replace(HYBRID, dense=four_epochs, **changes), folder)["curve"]
+    assert [epoch["lr"] for epoch in curve] == pytest.approx(expected(dense_rates))
+
+
+def test_retraining_draws_the_same_images_for_all_patterns_and_others_than_dense_training(tmp_path, monkeypatch):
+    fit, seeds = training.fit, []
+
+    def watched(*args, seed, **kwargs):
+        seeds.append(seed)
+        return fit(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(training, "fit", watched)
+    for experiment in (HYBRID, replace(HYBRID, pattern="Vector(4)"), replace(HYBRID, dense=replace(DENSE, seed=1))):
+        run(experiment, tmp_path)
+    dense, hybrid, vector, other_dense, other_hybrid = seeds
+    assert hybrid == vector and len({dense, hybrid, other_dense, other_hybrid}) == 4
+
+
+def test_group_lasso_shrinks_the_weights_while_masks_still_change(folder, monkeypatch):
+    block, calls = replace(HYBRID, pattern="Block(4, 4)"), []
+    penalised = replace(block, group_lasso=0.3)
+    group_lasso = pruning.group_lasso
+
+    def watched(*args):
+        calls.append(args)
+        return group_lasso(*args)
+
+    monkeypatch.setattr(pruning, "group_lasso", watched)
+    norms = {}
+    for experiment in (block, penalised):
+        run(experiment, folder)
+        norms[experiment] = sum(w.norm() for w in pruning.prunable(load_model(experiment, folder)).values())
+    assert len(calls) == 4  # of six steps: those before two thirds
+    assert norms[penalised] < 0.9 * norms[block]
 
 
 # --- What cannot be computed ------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 import fcntl
 import json
+import os
 import subprocess
 import sys
 
-import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -13,8 +13,6 @@ from reprolib import graph, paths, profiles
 
 def make(*arguments, **environment):
     """What the Makefile calls."""
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "reprolib.graph", "--cores", "2", *map(str, arguments)],
         capture_output=True,
@@ -25,21 +23,18 @@ def make(*arguments, **environment):
 
 
 @pytest.fixture
-def notebook(tmp_path):
+def notebook(tmp_path, write_notebook):
     """A notebook with two parameters that writes its table and fails for n = 13."""
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nb.cells = [
-        nbformat.v4.new_code_cell('n: int = 1  # number\nk: int = 1  # factor\ntable: str = ""  # result'),
-        nbformat.v4.new_code_cell('if n == 13:\n    raise ValueError("unlucky number")'),
-        nbformat.v4.new_code_cell('if table:\n    open(table, "w").write(f"product\\n{n * k}\\n")'),
-    ]
-    nb.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(nb, tmp_path / "50_product.ipynb")
-    return tmp_path / "50_product.ipynb"
+    return write_notebook(
+        tmp_path / "50_product.ipynb",
+        'n: int = 1  # number\nk: int = 1  # factor\ntable: str = ""  # result',
+        'if n == 13:\n    raise ValueError("unlucky number")',
+        'if table:\n    open(table, "w").write(f"product\\n{n * k}\\n")',
+    )
 
 
 def write_grid(folder, **grid):
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     return folder / "grid.yaml"
 
 

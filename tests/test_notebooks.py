@@ -45,6 +45,7 @@ def test_runs_on_its_defaults(notebook, home, tmp_path):
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
+    assert "Traceback" not in (tmp_path / "out.ipynb").read_text(), "not even inside a widget"
     for name in FILES[notebook.stem[:2]]:
         assert (home / name).stat().st_size > 0
 
@@ -62,22 +63,14 @@ def test_has_the_form_of_the_house(notebook):
     assert any("## Try this" in cell.source for cell in cells)
 
 
-def write_notebook(path, *sources):
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nb.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nb.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(nb, path)
-    return path
-
-
-def test_unknown_parameter_is_an_error_that_names_the_known_ones(tmp_path):
+def test_unknown_parameter_is_an_error_that_names_the_known_ones(tmp_path, write_notebook):
     notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first\nbeta: int = 2  # second")
     with pytest.raises(ValueError, match="no parameter gamma: it knows alpha, beta"):
         notebooks.run(notebook, tmp_path / "out.ipynb", {"gamma": 3})
     assert not (tmp_path / "out.ipynb").exists()
 
 
-def test_failed_notebook_leaves_no_output_but_a_failed_copy(tmp_path):
+def test_failed_notebook_leaves_no_output_but_a_failed_copy(tmp_path, write_notebook):
     notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first", "1 / (alpha - 1)")
     with pytest.raises(papermill.PapermillExecutionError):
         notebooks.run(notebook, tmp_path / "out" / "n.ipynb", {})
@@ -110,7 +103,7 @@ def test_unknown_notebook_names_the_choice(tmp_path):
     assert done.returncode == 1 and "no notebook '99': there are 00_anatomy_of_a_mask" in done.stderr
 
 
-def test_unwritable_output_folder_is_named(tmp_path):
+def test_unwritable_output_folder_is_named(tmp_path, write_notebook):
     (tmp_path / "file").write_text("")
     notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first")
     done = command_line(notebook, tmp_path / "file" / "out.ipynb")
