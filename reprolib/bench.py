@@ -1,6 +1,6 @@
 """Benchmarks. Timings live here, never in tests.
 
-    python -m reprolib.bench masks --threads 2
+python -m reprolib.bench masks --threads 2
 """
 
 from __future__ import annotations

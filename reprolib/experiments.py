@@ -37,6 +37,7 @@ class Dense:
     def __post_init__(self):
         if self.dataset not in data.NAMES:
             raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
+        object.__setattr__(self, "hidden", tuple(self.hidden))
 
     @property
     def run_id(self) -> str:
@@ -65,7 +66,10 @@ class Pruned:
 
     def __post_init__(self):
         pattern = parse(self.pattern)
-        object.__setattr__(self, "pattern", str(pattern))  # one spelling, one id
+        # One spelling, one id.
+        object.__setattr__(self, "pattern", str(pattern))
+        object.__setattr__(self, "sparsity", float(self.sparsity))
+        object.__setattr__(self, "group_lasso", float(self.group_lasso))
         for name, choice in (
             ("score", pruning.SCORES),
             ("schedule", pruning.SCHEDULES),
@@ -76,6 +80,10 @@ class Pruned:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(choice)}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), not {self.sparsity!r}: 0.9 prunes nine weights of ten")
+        if not (isinstance(self.epochs, int) and self.epochs >= 1):
+            raise ValueError(f"epochs must be a whole number of at least 1, not {self.epochs!r}")
+        if not self.group_lasso >= 0:
+            raise ValueError(f"group_lasso is a strength of at least 0, not {self.group_lasso!r}")
         if self.group_lasso and not isinstance(pattern, Block):
             raise ValueError(f"group_lasso shrinks blocks, and {self.pattern} has none: use it with Block(rows, cols)")
 
@@ -140,7 +148,7 @@ def run(experiment: Dense | Pruned, folder: Path) -> dict:
         }
         record["row"] |= {key: record["provenance"][key] for key in ("commit", "hardware", "threads", "wall_time_s")}
         records.write(path, record)
-        return record
+        return records.read(path)
 
 
 def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:

@@ -16,7 +16,7 @@ def vgg16(num_classes: int, width: float = 1.0, hidden: tuple[int, ...] = ()) ->
     names the sizes of linear layers before the last one (the paper does not say: ``()``, ``(512, 512)`` and
     ``(4096, 4096)`` are in use). Raises ValueError for a width that leaves a layer without channels.
     """
-    if width * 64 < 1:
+    if not width * 64 >= 1:
         raise ValueError(f"width {width!r} leaves the first layer of VGG-16 without channels: use at least 1/64")
     layers, channels = [], 3
     for entry in VGG16:

@@ -109,7 +109,7 @@ class Pattern:
             raise ValueError(f"column order {self.order!r} is unknown: use one of {', '.join(ORDERS)}")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and not (isinstance(value, int) and value >= 1):
+            if f.type in ("int", int) and not (type(value) is int and value >= 1):
                 raise ValueError(f"{type(self).__name__}: {f.name} must be a whole number of at least 1, not {value!r}")
 
     @property
@@ -148,15 +148,15 @@ class Pattern:
         return Hybrid(self, coarse)
 
     def __str__(self) -> str:
-        parts = []
+        sizes, keywords = [], []
         for f in fields(self):
             value = getattr(self, f.name)
+            text = str(value) if isinstance(value, Pattern) else repr(value)
             if f.default is MISSING:
-                parts.append(str(value))
+                sizes.append(text)
             elif value != f.default:
-                parts.append(f"{f.name}={value!r}")
-        # `order` comes first as the field of the base class; keywords go behind the sizes.
-        return f"{type(self).__name__}({', '.join(sorted(parts, key=lambda part: '=' in part))})"
+                keywords.append(f"{f.name}={text}")
+        return f"{type(self).__name__}({', '.join(sizes + keywords)})"
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,7 @@ class Hybrid(Pattern):
             raise ValueError("a hybrid has no column order of its own: give order= to its halves")
         if not 0 <= self.split <= 1:
             raise ValueError(f"split must lie in [0, 1], not {self.split!r}")
+        object.__setattr__(self, "split", float(self.split))  # 1 and 1.0 are one pattern with one text form
 
     def mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """As `Pattern.mask`; the achieved sparsity is within one coarse unit of the target if the halves allow it."""
@@ -272,7 +273,8 @@ class Hybrid(Pattern):
         # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group.
         kept = torch.bincount(ranks[fine], minlength=units).cumsum(0)
         wanted = weight.numel() - pruned_count(weight.numel(), sparsity)
-        kept_units = int((kept - wanted).abs().argmin()) + 1
+        distance = (kept - wanted).abs().masked_fill(kept == 0, weight.numel())  # a layer never becomes empty
+        kept_units = int(distance.argmin()) + 1
         # THE AND of the paper.
         return fine & (ranks < kept_units)
 
@@ -318,10 +320,12 @@ def parse(text: str) -> Pattern:
     Only pattern names, numbers and strings are understood: no code of the text is run. Raises ValueError.
     """
 
+    misunderstood = f"pattern {text!r} is not understood: write for example 'Balanced(16) & Block(32, 32)'"
+
     def build(node: ast.expr):
         match node:
             case ast.BinOp(op=ast.BitAnd(), left=left, right=right):
-                return build(left) & build(right)
+                return Hybrid(build(left), build(right))
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 if name not in known():
                     raise ValueError(f"unknown pattern {name!r} in {text!r}: known are {', '.join(known())}")
@@ -329,16 +333,17 @@ def parse(text: str) -> Pattern:
                     return known()[name](*map(build, args), **{k.arg: build(k.value) for k in keywords})
                 except TypeError as error:
                     raise ValueError(f"pattern {text!r}: {error}") from None
-            case ast.Constant(value=value):
-                return value
-        raise ValueError(f"pattern {text!r} is not understood: write for example 'Balanced(16) & Block(32, 32)'")
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise ValueError(misunderstood) from None
 
     try:
         pattern = build(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError:
-        pattern = None
+        raise ValueError(misunderstood) from None
     if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern {text!r} is not understood: write for example 'Balanced(16) & Block(32, 32)'")
+        raise ValueError(misunderstood)
     return pattern
 
 
@@ -346,7 +351,7 @@ def sizes(pattern: Pattern) -> dict[str, int]:
     """Unit sizes by column name: ``bank``, ``block_rows``, ``block_cols``, ``vector_length``, ..."""
     if isinstance(pattern, Hybrid):
         return sizes(pattern.fine) | sizes(pattern.coarse)
-    named = {f"{pattern.family}_{f.name}": getattr(pattern, f.name) for f in fields(pattern) if f.type == "int"}
+    named = {f"{pattern.family}_{f.name}": getattr(pattern, f.name) for f in fields(pattern) if f.type in ("int", int)}
     return {"bank" if name == "balanced_bank" else name: size for name, size in named.items()}
 
 

@@ -218,6 +218,7 @@ def _ordered(methods) -> list[str]:
 def bank_block_heatmap(ablations: pd.DataFrame) -> Figure:
     """Mean test accuracy of plain hybrids over bank (K) and block size (R = S) at one sparsity."""
     rows = ablations[ablations["spec"].str.fullmatch(r"Balanced\(\d+\) & Block\(\d+, \d+\)") & plain(ablations)]
+    rows = rows.astype({"bank": int, "block_rows": int})
     grid = rows.pivot_table(index="bank", columns="block_rows", values="accuracy_pct").sort_index(ascending=False)
     figure, axis = plt.subplots(figsize=(1.25 * grid.shape[1] + 2.6, 0.85 * grid.shape[0] + 1.6), layout="constrained")
     sns.heatmap(

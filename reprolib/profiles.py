@@ -85,11 +85,18 @@ def load(name: str) -> Profile:
     """Read ``profiles/<name>.yaml``. Raises ValueError, naming what is wrong, for an unknown or incomplete profile."""
     if name not in names():
         raise ValueError(f"unknown profile {name!r}: known are {', '.join(names())}")
+    try:
+        return _read(name)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"profiles/{name}.yaml: {' '.join(str(error).split())}") from None
+
+
+def _read(name: str) -> Profile:
     settings = yaml.safe_load((paths.PROFILES / f"{name}.yaml").read_text())
     expected = {f.name for f in fields(Profile)} - {"name"}
     wrong = expected.symmetric_difference(settings)
     if wrong:
-        raise ValueError(f"profile {name}: these keys are missing or unknown: {', '.join(sorted(wrong))}")
+        raise ValueError(f"these keys are missing or unknown: {', '.join(sorted(wrong))}")
     profile = Profile(**settings | {"name": name, "recipe": Recipe(**settings["recipe"])})
     for section in ("methods", "ablations"):
         profile.jobs(section)  # builds every experiment once, so that a typo shows before anything is trained

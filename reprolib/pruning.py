@@ -171,7 +171,7 @@ def sparsity_at(schedule: str, target: float, progress: float) -> float:
 
 
 def group_lasso(named: dict[str, Tensor], block: Block) -> Tensor:
-    """Sum over all blocks of sqrt(size) times the block's L2 norm (Yuan & Lin, 2006; Narang et al., 2017)."""
+    """Sum over all blocks of sqrt(rows * cols) times the block's L2 norm (Yuan & Lin, 2006; Narang et al., 2017)."""
     total = torch.zeros((), device=next(iter(named.values())).device)
     for weight in named.values():
         tiles = tile(gemm_view(weight, block.order), block.rows, block.cols)

@@ -67,11 +67,11 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read a results table; integer columns with gaps stay integers. Raises FileNotFoundError, ValueError."""
+    """Read a results table. Raises FileNotFoundError, and ValueError if it is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"no results in {path}: make reproduce computes them")
     try:
-        return pd.read_csv(path).convert_dtypes(convert_string=False, convert_boolean=False, convert_floating=False)
+        return pd.read_csv(path, dtype={"commit": str, "run_id": str})  # a hash may look like a number
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"the table {path} is damaged ({error}): make reproduce writes it anew") from None
 

@@ -37,6 +37,9 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        for name in ("lr", "weight_decay"):
+            if not (isinstance(getattr(self, name), (int, float)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)!r}")
 
 
 def device() -> torch.device:
@@ -122,8 +125,9 @@ def fit(
             if prune:
                 prune(progress)
         loss_train = total.item() / steps
-        if not math.isfinite(loss_train):
-            raise ValueError(f"{label}: the loss became {loss_train} in epoch {epoch + 1}; try lr below {recipe.lr}")
+        if not (math.isfinite(loss_train) and all(bool(p.isfinite().all()) for p in model.parameters())):
+            what = f"{label}: training diverged in epoch {epoch + 1} (loss {loss_train:.3g})"
+            raise ValueError(f"{what}; try lr below {recipe.lr}")
         accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
         curve.append({"epoch": epoch + 1, "lr": lr, "loss_train": loss_train, "accuracy_validation_pct": accuracy})
         bar.set_postfix_str(f"loss {loss_train:.3f}, validation {accuracy:.2f} %")

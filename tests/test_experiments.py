@@ -58,6 +58,10 @@ def test_ids_are_readable_and_do_not_change():
 def test_spelling_of_the_pattern_does_not_change_the_id():
     assert replace(HYBRID, pattern="Balanced(bank=4)&Block(4, cols=4)").run_id == HYBRID.run_id
     assert replace(HYBRID, pattern="Hybrid(Balanced(4), Block(4, 4), split=0.5)") == HYBRID
+    spellings = (f"Hybrid(Balanced(4), Block(4, 4), split={split})" for split in ("1", "1.0"))
+    assert len({replace(HYBRID, pattern=pattern).run_id for pattern in spellings}) == 1
+    assert replace(DENSE, hidden=[]).run_id == DENSE.run_id
+    assert replace(HYBRID, sparsity=0).run_id == replace(HYBRID, sparsity=0.0).run_id
 
 
 CHANGES = {
@@ -408,6 +412,6 @@ def test_network_of_an_experiment_that_has_not_run_is_asked_for(tmp_path):
 
 def test_diverging_training_names_the_experiment_and_the_remedy(tmp_path):
     diverging = replace(DENSE, recipe=replace(DENSE.recipe, lr=1e30))
-    with pytest.raises(ValueError, match=f"{diverging.run_id}: the loss became nan in epoch 1; try lr below"):
+    with pytest.raises(ValueError, match=f"{diverging.run_id}: training diverged in epoch 1 "):
         run(diverging, tmp_path)
     assert not list(tmp_path.rglob("record.json"))

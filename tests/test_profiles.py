@@ -80,12 +80,16 @@ def test_unknown_profile_is_refused_with_the_choice(load):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.1}, "profile mine: these keys are missing or unknown: learning_rate"),
+        ({"learning_rate": 0.1}, "profiles/mine.yaml: these keys are missing or unknown: learning_rate"),
         ({"width": None, "seeds": None}, "missing or unknown: seeds, width"),
         ({"methods": {"block": {"pattern": "Block(4, 4)", "epoch": 3}}}, "profile mine.*no field epoch$"),
         ({"methods": {"block": {"pattern": "Blok(4, 4)"}}}, "unknown pattern 'Blok'"),
         ({"methods": {"block": {"pattern": "Block(4, 4)", "schedule": "slow"}}}, "schedule 'slow' is unknown"),
         ({"datasets": ["mnist"]}, "unknown data set 'mnist'"),
+        ({"methods": {"block": {}}}, "profiles/mine.yaml: .*pattern"),
+        ({"methods": {"block": {"pattern": "Block(4, 4)", "sparsity": [0.5]}}}, "profiles/mine.yaml: .*sparsity"),
+        ({"methods": {"block": None}}, "profiles/mine.yaml: "),
+        ({"recipe": {"epoch": 1}}, "profiles/mine.yaml: .*epoch"),
         ({"recipe": {"epochs": 0}}, "epochs must be a whole number"),
     ],
 )

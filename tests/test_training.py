@@ -182,8 +182,20 @@ def test_bf16_trains_weights_that_stay_fp32(few_digits, small_net):
 
 
 def test_diverging_training_stops_with_a_lower_rate_as_advice(few_digits, small_net):
-    with pytest.raises(ValueError, match=r"run 7: the loss became (nan|inf) in epoch 1; try lr below 1e\+20"):
+    with pytest.raises(ValueError, match=r"run 7: training diverged in epoch 1 \(loss .*\); try lr below 1e\+20"):
         fit(small_net(), few_digits, replace(SHORT, lr=1e20), seed=0, lr_at=lambda progress: 1.0, label="run 7")
+
+
+def test_divergence_in_the_last_step_is_noticed(few_digits, small_net):
+    one_step = Recipe(epochs=1, batch_size=96, lr=1e39)
+    with pytest.raises(ValueError, match="diverged in epoch 1"):
+        fit(small_net(), few_digits, one_step, seed=0, lr_at=lambda progress: 1.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight_decay", "5e-4"), ("lr", -0.1)])
+def test_rates_must_be_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a number of at least 0, not {value!r}"):
+        Recipe(1, **{name: value})
 
 
 def test_batch_larger_than_the_training_split_is_refused(few_digits, small_net):
