@@ -51,5 +51,5 @@ lock: ## renew requirements.lock from environment.yml
 	$(BIN)/python -c 'import yaml; [print(p) for d in yaml.safe_load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \
 	  | $(BIN)/uv pip compile --universal --python-version 3.11 --no-annotate --no-header --upgrade --quiet - -o requirements.lock
 
-clean: ## remove the environment and what is not committed of results (asks nothing; records are lost)
-	rm -rf $(VENV) results/*/runs results/*/notebooks results/*/tables results/*/.snakemake results/sweeps
+clean: ## remove the environment and caches; results stay
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache results/*/.snakemake *.egg-info

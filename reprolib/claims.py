@@ -130,7 +130,10 @@ def _reach_row(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> di
     name = f"hybrid − {rival}, drop of {drop:g}"
     short = sum(math.isnan(gain) for gain in gains)
     if short:
-        remark = f"{short} of {len(gains)} seeds: hybrid or {rival} drops further already at the lowest tested sparsity"
+        lowest = 100 * group["target_sparsity"].min()
+        remark = (
+            f"{short} of {len(gains)} seeds: hybrid or {rival} drops by more already at {lowest:g} %, the lowest tested"
+        )
         return _row(3, dataset, name, [], "points of sparsity", remark)
     highest = group["sparsity"].max()
     at_end = sum(value >= highest - 0.005 for value in reached.values())

@@ -61,6 +61,8 @@ def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     all points are joined in ``results/sweeps/<grid>.csv``, with one column ``sweep_<parameter>`` per parameter.
     """
     path = paths.notebook(notebook)
+    if not grid_file.is_file():
+        raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")
     grid = yaml.safe_load(grid_file.read_text())
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise ValueError(f"{grid_file} must map each parameter to a list of values, such as seed: [0, 1, 2]")

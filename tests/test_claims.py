@@ -122,7 +122,7 @@ def test_claim_3_compares_what_is_reached():
 def test_claim_3_without_a_method_that_stays_within_the_drop():
     frame = accuracy_frame({("hybrid", 0.9): [70.0, 71.0], ("block", 0.9): [60.0, 61.0]})
     row = deciding(frame, 3, "block, drop of 0.5")
-    assert row["verdict"] == "no data" and "2 of 2 seeds" in row["remark"]
+    assert row["verdict"] == "no data" and "2 of 2 seeds" in row["remark"] and "90 %, the lowest" in row["remark"]
 
 
 def test_each_data_set_gets_its_own_verdict():
