@@ -155,7 +155,7 @@ def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
     """The trained network of an experiment that has been run, in eval mode on the training device."""
     path = folder / experiment.run_id / "weights.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"no weights {path}: run the experiment first")
+        raise FileNotFoundError(f"no weights {path}: delete {path.parent} and run the experiment again")
     dense = experiment.dense if isinstance(experiment, Pruned) else experiment
     model = _new_model(dense)
     model.load_state_dict(load_file(path))

@@ -406,7 +406,7 @@ def test_folder_that_cannot_be_written_fails_before_training(tmp_path, forbid_tr
 
 
 def test_network_of_an_experiment_that_has_not_run_is_asked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no weights .*{HYBRID.run_id}.*run the experiment first"):
+    with pytest.raises(FileNotFoundError, match=f"no weights .*{HYBRID.run_id}.*run the experiment again"):
         load_model(HYBRID, tmp_path)
 
 
