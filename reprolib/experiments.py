@@ -43,6 +43,11 @@ class Dense:
     def run_id(self) -> str:
         return f"{self.dataset}-vgg16x{self.width:g}-seed{self.seed}-dense-{fingerprint(self)}"
 
+    @property
+    def label(self) -> str:
+        """What progress bars and messages call it."""
+        return f"{self.dataset}, seed {self.seed}, dense"
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -100,6 +105,11 @@ class Pruned:
             f"{dense.dataset}-vgg16x{dense.width:g}-seed{dense.seed}-{self.method}-"
             f"{100 * self.sparsity:g}pct-{fingerprint(self)}"
         )
+
+    @property
+    def label(self) -> str:
+        """What progress bars and messages call it."""
+        return f"{self.dense.dataset}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
 
 
 def fingerprint(experiment: Dense | Pruned) -> str:
@@ -179,7 +189,7 @@ def _save(model: nn.Module, path: Path) -> None:
 def _run_dense(dense: Dense, folder: Path):
     dataset = data.load(dense.dataset).to(training.device())
     model = _new_model(dense)
-    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.run_id)
+    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label)
     accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
     row = _dense_columns(dense) | {
         "sparsity": 0.0,
@@ -225,7 +235,7 @@ def _run_pruned(experiment: Pruned, folder: Path):
         lr_at=_lr_at(experiment),
         prune=prune,
         penalty=penalty if experiment.group_lasso else None,
-        label=experiment.run_id,
+        label=experiment.label,
     )
     final = prune(1.0)
     pruned = sum(int((~mask).sum()) for mask in final.values())

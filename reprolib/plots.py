@@ -13,6 +13,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
+from pandas.io.formats.style import Styler
 
 from reprolib.patterns import Hybrid, gemm_view
 from reprolib.records import write_atomically
@@ -77,11 +78,17 @@ def mask_anatomy(weight: torch.Tensor, pattern: Hybrid, sparsity: float) -> Figu
     density_coarse = min(1.0, both.sum().item() / fine.sum().item())
     coarse = pattern.coarse.mask(weight, 1 - density_coarse)
     panels = {f"{pattern.fine}": fine, f"{pattern.coarse}": coarse, "AND": both}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     for axis, (title, mask) in zip(axes, panels.items(), strict=True):
         draw_mask(mask, axis, title)
-    axes[0].set_ylabel("output channel")
+        axis.label_outer()
     return figure
+
+
+def matrix_table(weight: torch.Tensor) -> Styler:
+    """A small weight in GEMM view as a shaded table; a dot stands for zero."""
+    shown = pd.DataFrame(gemm_view(weight).numpy())
+    return shown.style.format(lambda value: f"{value:g}" if value else "·").background_gradient("Blues", axis=None)
 
 
 def draw_mask(mask: torch.Tensor, axis: plt.Axes, title: str = "") -> None:
@@ -90,6 +97,7 @@ def draw_mask(mask: torch.Tensor, axis: plt.Axes, title: str = "") -> None:
     axis.imshow(matrix, cmap=ListedColormap(["#f2f0eb", "#1f4e79"]), aspect="auto", interpolation="nearest", vmin=0)
     axis.set(
         xlabel="column of the GEMM view (tap, channel)",
+        ylabel="output channel",
         title=f"{title}\n{100 * (1 - matrix.mean()):.1f} % sparse".strip(),
     )
     axis.grid(False)

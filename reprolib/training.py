@@ -103,7 +103,7 @@ def fit(
         fused=True,
     )
     curve = []
-    bar = tqdm(range(recipe.epochs), desc=label, unit="epoch", mininterval=1, dynamic_ncols=True)
+    bar = tqdm(range(recipe.epochs), desc=label, unit=" epoch", mininterval=1, dynamic_ncols=True)
     for epoch in bar:
         model.train()
         order = torch.randperm(len(train), generator=generator).to(where)
@@ -130,7 +130,7 @@ def fit(
             raise ValueError(f"{what}; try lr below {recipe.lr}")
         accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
         curve.append({"epoch": epoch + 1, "lr": lr, "loss_train": loss_train, "accuracy_validation_pct": accuracy})
-        bar.set_postfix_str(f"loss {loss_train:.3f}, validation {accuracy:.2f} %")
+        bar.set_postfix_str(f"loss {loss_train:.3f}, validation {accuracy:.2f} %", refresh=False)
     return curve
 
 

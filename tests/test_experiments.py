@@ -167,7 +167,7 @@ def test_two_that_ask_at_once_train_once(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert trained == [DENSE.run_id]
+    assert trained == [DENSE.label]
     assert found[0]["row"] == found[1]["row"]
 
 
@@ -193,7 +193,7 @@ def test_all_patterns_of_a_seed_start_from_one_dense_network(folder, monkeypatch
     monkeypatch.setattr(training, "fit", watched)
     block = Pruned(DENSE, "Block(4, 4)", 0.75, epochs=1)
     run(block, folder)
-    assert trained == [block.run_id]
+    assert trained == [block.label]
 
 
 def test_equal_experiments_give_bit_identical_networks(folder, tmp_path):
@@ -412,6 +412,6 @@ def test_network_of_an_experiment_that_has_not_run_is_asked_for(tmp_path):
 
 def test_diverging_training_names_the_experiment_and_the_remedy(tmp_path):
     diverging = replace(DENSE, recipe=replace(DENSE.recipe, lr=1e30))
-    with pytest.raises(ValueError, match=f"{diverging.run_id}: training diverged in epoch 1 "):
+    with pytest.raises(ValueError, match="digits, seed 0, dense: training diverged in epoch 1 "):
         run(diverging, tmp_path)
     assert not list(tmp_path.rglob("record.json"))
