@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import papermill
+from nbclient.exceptions import DeadKernelError
 
 from reprolib import paths
 
@@ -75,6 +76,8 @@ def main() -> None:
         run(paths.notebook(arguments.notebook), arguments.output, arguments.parameters)
     except papermill.PapermillExecutionError as error:
         sys.exit(f"error: {Path(arguments.output).stem}: {error.ename}: {error.evalue}")
+    except DeadKernelError:
+        sys.exit(f"error: {Path(arguments.output).stem}: the notebook's kernel died; out of memory? Ask again to go on")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -108,3 +108,10 @@ def test_unwritable_output_folder_is_named(tmp_path, write_notebook):
     notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first")
     done = command_line(notebook, tmp_path / "file" / "out.ipynb")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
+
+
+def test_dead_kernel_gets_one_clear_line(tmp_path, write_notebook):
+    cells = "alpha: int = 1  # first", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    done = command_line(write_notebook(tmp_path / "n.ipynb", *cells), tmp_path / "out.ipynb")
+    assert done.returncode == 1 and "error: out: the notebook's kernel died" in done.stderr
+    assert not (tmp_path / "out.ipynb").exists()

@@ -1,0 +1,29 @@
+"""What the README says is what the committed results say."""
+
+import re
+
+from reprolib import claims, paths, plots, records
+
+README = (paths.ROOT / "README.md").read_text()
+
+
+def test_table_of_claims_holds_the_committed_verdicts():
+    decided = claims.decide(records.read_csv(paths.ROOT / "results" / "laptop" / "accuracy.csv"))
+    table = plots.claims_table(decided, claims.CLAIMS)
+    for claim, row in table.iterrows():
+        numbers = row["difference, 95 % interval"].split(" points")[0]
+        line = f"| {claim} | {row['comparison']} | {numbers} | {row['verdict']} |"
+        assert line in README, line
+
+
+def test_files_that_the_readme_names_exist():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(targets) > 10
+    assert [target for target in targets if not (paths.ROOT / target).exists()] == []
+
+
+def test_make_targets_that_the_readme_names_exist():
+    targets = set(re.findall(r"make ([a-z]+)", README))
+    makefile = (paths.ROOT / "Makefile").read_text()
+    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench"} <= targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
