@@ -119,10 +119,25 @@ def test_claim_3_compares_what_is_reached():
     assert row["unit"] == "points of sparsity" and row["difference"] > 10 and row["seeds"] == 2
 
 
-def test_claim_3_without_a_method_that_stays_within_the_drop():
+def test_claim_3_where_both_fall_short_is_no_data():
     frame = accuracy_frame({("hybrid", 0.9): [70.0, 71.0], ("block", 0.9): [60.0, 61.0]})
     row = deciding(frame, 3, "block, drop of 0.5")
-    assert row["verdict"] == "no data" and "2 of 2 seeds" in row["remark"] and "90 %, the lowest" in row["remark"]
+    assert row["verdict"] == "no data" and "already at 90 %, the lowest tested" in row["remark"]
+
+
+def test_claim_3_counts_who_falls_short_with_the_lowest_tested_sparsity():
+    # Block is below 75 % in both seeds; hybrid reaches 87.5 % (half way in log density) and 93.75 %.
+    frame = accuracy_frame(
+        {
+            ("hybrid", 0.75): [89.5, 89.5],
+            ("hybrid", 0.9375): [88.5, 89.5],
+            ("block", 0.75): [80.0, 80.0],
+            ("block", 0.9375): [70.0, 70.0],
+        }
+    )
+    row = deciding(frame, 3, "block, drop of 1")
+    assert row["difference"] == pytest.approx((12.5 + 18.75) / 2)
+    assert row["remark"] == "2 of 4 networks below 75 %, counted there; 1 of 4 networks beyond 94 %, counted there"
 
 
 def test_each_data_set_gets_its_own_verdict():
