@@ -350,7 +350,7 @@ def claims_table(claims: pd.DataFrame, texts: dict[int, str]) -> pd.DataFrame:
             "comparison": rows["comparison"].to_list(),
             "difference, 95 % interval": [difference(row) for row in rows.itertuples()],
             "seeds": rows["seeds"].to_list(),
-            "verdict": [f"**{row.verdict}**" for row in rows.itertuples()],
+            "verdict": rows["verdict"].to_list(),
             "remark": rows["remark"].to_list(),
         }
     ).set_index("claim")
