@@ -47,7 +47,7 @@ bench: env ## time the masks of a full VGG-16
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-lock: ## renew requirements.lock from environment.yml
+lock: env ## renew requirements.lock from environment.yml
 	$(BIN)/python -c 'import yaml; [print(p) for d in yaml.safe_load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \
 	  | $(BIN)/uv pip compile --universal --python-version 3.11 --no-annotate --no-header --upgrade --quiet - -o requirements.lock
 

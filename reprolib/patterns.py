@@ -355,9 +355,9 @@ def sizes(pattern: Pattern) -> dict[str, int]:
     return {"bank" if name == "balanced_bank" else name: size for name, size in named.items()}
 
 
-def fitting_bank(columns: list[int], sparsity: float, tolerance: float = 0.005, at_least: int = 2) -> int | None:
+def fitting_bank(columns: list[int], sparsity: float, tolerance: float) -> int | None:
     """Smallest bank that tiles rows of all these lengths and expresses `sparsity` within `tolerance`, if any does."""
-    for bank in range(at_least, min(columns) + 1):
+    for bank in range(2, min(columns) + 1):
         tiles_all = all(length % bank == 0 for length in columns)
         if tiles_all and abs(pruned_count(bank, sparsity) / bank - sparsity) <= tolerance:
             return bank
