@@ -119,8 +119,6 @@ def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed
 @pytest.mark.parametrize("name", profiles.names())
 def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
     profile = profiles.load(name)
-    if profile.width > 0.25:
-        pytest.skip("the masks of a full VGG-16 take minutes on one core")
     torch.manual_seed(0)
     layers = prunable(vgg16(10, profile.width, tuple(profile.hidden)))
     asked = {
