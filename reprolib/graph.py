@@ -57,8 +57,8 @@ def figures(profile_name: str, cores: int) -> None:
 def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     """Run a notebook once per point of a grid (YAML: parameter → list of values), in parallel; resume by asking again.
 
-    The executed notebooks land in ``results/sweeps/<grid>/``; if the notebook has a parameter ``table``, the tables of
-    all points are joined in ``results/sweeps/<grid>.csv``, with one column ``sweep_<parameter>`` per parameter.
+    The executed notebooks land in ``results/sweeps/<notebook>-<grid>/``; if the notebook has a parameter ``table``, the
+    tables of all points are joined in a CSV file of that name, with one column ``sweep_<parameter>`` per parameter.
     """
     path = paths.notebook(notebook)
     if not grid_file.is_file():
