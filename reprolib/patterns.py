@@ -266,6 +266,11 @@ class Hybrid(Pattern):
 
     def mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """As `Pattern.mask`; the achieved sparsity is within one coarse unit of the target if the halves allow it."""
+        fine, coarse = self.halves(weight, sparsity)
+        return fine & coarse  # THE AND of the paper
+
+    def halves(self, weight: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+        """The fine and the coarse mask whose AND meets `sparsity`."""
         _magnitudes(weight, sparsity, self.order)
         density_fine = round((1.0 - sparsity) ** self.split, 12)
         fine = self.fine.mask(weight, 1.0 - density_fine)
@@ -275,8 +280,7 @@ class Hybrid(Pattern):
         wanted = weight.numel() - pruned_count(weight.numel(), sparsity)
         distance = (kept - wanted).abs().masked_fill(kept == 0, weight.numel())  # a layer never becomes empty
         kept_units = int(distance.argmin()) + 1
-        # THE AND of the paper.
-        return fine & (ranks < kept_units)
+        return fine, ranks < kept_units
 
     @property
     def family(self) -> str:

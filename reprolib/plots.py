@@ -69,15 +69,9 @@ def _tex(value: object) -> str:
 
 
 def mask_anatomy(weight: torch.Tensor, pattern: Hybrid, sparsity: float) -> Figure:
-    """The fine mask, the coarse mask and their AND, in GEMM view, each with the sparsity it achieves.
-
-    The halves are drawn at the sparsities that the hybrid gives them.
-    """
-    both = pattern.mask(weight, sparsity)
-    fine = pattern.fine.mask(weight, 1 - (1 - sparsity) ** pattern.split)
-    density_coarse = min(1.0, both.sum().item() / fine.sum().item())
-    coarse = pattern.coarse.mask(weight, 1 - density_coarse)
-    panels = {f"{pattern.fine}": fine, f"{pattern.coarse}": coarse, "AND": both}
+    """The fine mask, the coarse mask and their AND, in GEMM view, each with the sparsity it achieves."""
+    fine, coarse = pattern.halves(weight, sparsity)
+    panels = {f"{pattern.fine}": fine, f"{pattern.coarse}": coarse, "AND": pattern.mask(weight, sparsity)}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     for axis, (title, mask) in zip(axes, panels.items(), strict=True):
         draw_mask(mask, axis, title)
@@ -308,9 +302,9 @@ def _sparsity_text(rows: pd.DataFrame) -> str:
 # --- Claims ---------------------------------------------------------------------------------------------------------
 
 
-def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
-    """Paired differences with 95 % intervals; the rows that decide are coloured by their verdict."""
-    rows = claims[(claims["unit"] == unit) & claims["difference"].notna()].iloc[::-1]
+def claims_forest(claims: pd.DataFrame) -> Figure:
+    """Paired differences of accuracy with 95 % intervals; the rows that decide are coloured by their verdict."""
+    rows = claims[(claims["unit"] == "points") & claims["difference"].notna()].iloc[::-1]
     figure, axis = plt.subplots(figsize=(8, 0.36 * max(len(rows), 2) + 1.5), layout="constrained")
     axis.axvline(0, color="#333333", linewidth=1)
     labels = []
@@ -328,7 +322,7 @@ def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
     shown = [v for v in VERDICT_COLORS if v in set(rows["verdict"])]
     handles = [plt.Line2D([], [], color=VERDICT_COLORS[v], marker="o", linewidth=3, label=v) for v in shown]
     axis.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_xlabel(f"hybrid minus rival ({unit}):\nmean and 95 % interval over seeds")
+    axis.set_xlabel("hybrid minus rival (points):\nmean and 95 % interval over seeds")
     axis.grid(axis="y", alpha=0)
     return figure
 

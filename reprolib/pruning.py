@@ -17,7 +17,7 @@ SCORES = ("magnitude", "random")
 PRUNING_PHASE = 2 / 3  # share of retraining in which masks are still recomputed
 MASK_UPDATES = 20  # how often they are
 ROUNDS = 3  # of iterative pruning
-DENSEST, SPARSEST = 0.0, 0.995  # bounds of a layer's own sparsity where ratios differ by layer
+SPARSEST = 0.995  # bound of a layer's own sparsity where ratios differ by layer
 
 
 def prunable(model: nn.Module, ends: bool = False) -> dict[str, nn.Parameter]:
@@ -135,7 +135,7 @@ def _rebalanced(ratios: dict[str, float], sizes: dict[str, int], target: float) 
     low, high = 0.0, 1e6
 
     def scaled(factor: float) -> dict[str, float]:
-        return {name: min(max(1 - factor * (1 - r), DENSEST), SPARSEST) for name, r in ratios.items()}
+        return {name: min(max(1 - factor * (1 - r), 0.0), SPARSEST) for name, r in ratios.items()}
 
     for _ in range(100):
         middle = (low + high) / 2
