@@ -76,6 +76,8 @@ def mask_anatomy(weight: torch.Tensor, pattern: Hybrid, sparsity: float) -> Figu
     for axis, (title, mask) in zip(axes, panels.items(), strict=True):
         draw_mask(mask, axis, title)
         axis.label_outer()
+        axis.set_xlabel("")
+    figure.supxlabel("column of the GEMM view (tap, channel)", fontsize="medium")
     return figure
 
 
