@@ -1,0 +1,262 @@
+"""From a pruned network to one that is faster: `sparsify`, and the modules that it puts in place of dense layers."""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+
+from reprolib.sparse import cpu, cuda
+from reprolib.sparse.formats import pack
+
+# A layer with fewer columns (the first convolution has 27) costs little, zeros or not: it is packed before a pruned
+# one, because leaving the kernels' layout for it would cost more.
+FEW_COLUMNS = 64
+
+
+class SparseLayer(nn.Module):
+    """A pruned convolution or linear layer with its bias and, if asked, ReLU and 2x2 max-pool, for inference.
+
+    `weight` is a `Format`; the arrays that a kernel works from are prepared at the first call on each device.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, relu: bool = False, pool: bool = False):
+        super().__init__()
+        weight = weight.detach().cpu()
+        self.weight = pack(weight)
+        self.sparsity = 1 - weight.count_nonzero().item() / weight.numel()
+        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().cpu().clone()
+        self.relu, self.pool = relu, pool
+        self._plans = {}
+
+    @property
+    def halo(self) -> int:
+        """Pixels of zeros that the kernels expect around the input: 1 for a 3x3 convolution, else 0."""
+        return 1 if self.weight.shape[2:] == (3, 3) else 0
+
+    def plan(self, backend: ModuleType, device: torch.device, halo_out: int):
+        """What `backend` works from, on `device`; prepared once."""
+        key = (device, halo_out)
+        if key not in self._plans:
+            arguments = {} if backend is cpu else {"device": device}
+            self._plans[key] = backend.plan(
+                self.weight.unpack(), self.bias, relu=self.relu, pool=self.pool, halo_out=halo_out, **arguments
+            )
+        return self._plans[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run([self], x)
+
+    def extra_repr(self) -> str:
+        shape = self.weight.shape
+        parts = [f"{shape[1]}, {shape[0]}", "×".join(map(str, shape[2:])), "ReLU" * self.relu, "max-pool" * self.pool]
+        parts += [str(self.weight), f"sparsity={self.sparsity:.4f}", f"storage_bytes={self.weight.storage_bytes}"]
+        return ", ".join(part for part in parts if part)
+
+
+class SparseConv2d(SparseLayer):
+    """3x3 convolution with stride 1 and padding 1, or 1x1 convolution: ``[N, C_in, H, W]`` to ``[N, C_out, H, W]``."""
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, relu: bool = False, pool: bool = False) -> SparseConv2d:
+        """The same layer from its zeros, followed by ReLU and a 2x2 max-pool if asked. Raises ValueError."""
+        problem = _unsupported(conv)
+        if problem:
+            raise ValueError(f"SparseConv2d can't take {conv}: {problem}")
+        return cls(conv.weight, conv.bias, relu, pool)
+
+
+class SparseLinear(SparseLayer):
+    """Linear layer: ``[N, in]`` to ``[N, out]``."""
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, relu: bool = False) -> SparseLinear:
+        """The same layer from its zeros, followed by ReLU if asked."""
+        return cls(linear.weight, linear.bias, relu)
+
+
+class SparseSequential(nn.Sequential):
+    """Sparse layers (and `nn.Flatten`) in a row: activations stay in the kernels' layout from the first to the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(list(self), x)
+
+
+def run(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """Run sparse layers one after the other on ``[N, C, H, W]`` or ``[N, features]``; same type and device.
+
+    Raises ValueError for input of another shape, and RuntimeError where a gradient is asked for or the device has no
+    kernels.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("sparse layers have no gradient: call them under torch.inference_mode()")
+    first = layers[0]
+    if x.dim() != (2 if isinstance(first, SparseLinear) else 4) or x.shape[1] != first.weight.shape[1]:
+        raise ValueError(f"input of shape {tuple(x.shape)} does not fit {first}")
+    if not len(x):
+        raise ValueError(f"input of shape {tuple(x.shape)} holds no images")
+    backend = _backend(x.device)
+    with torch.no_grad():
+        y = backend.to_layout(x if x.dim() == 4 else x[:, :, None, None], first.halo)
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.Flatten):
+                y = y.reshape(y.shape[0], -1, 1, 1, y.shape[4])
+                continue
+            follower = layers[i + 1] if i + 1 < len(layers) else None
+            halo_out = follower.halo if isinstance(follower, SparseLayer) else 0
+            if layer.pool and min(y.shape[2:4]) - 2 * layer.halo < 2:
+                raise ValueError(f"maps of {tuple(y.shape[2:4])} pixels are too small for the max-pool of {layer}")
+            y = backend.conv(y, layer.plan(backend, x.device, halo_out), f"layer {i % 2}")
+        y = backend.from_layout(y, len(x))
+    flat = any(isinstance(layer, (nn.Flatten, SparseLinear)) for layer in layers)
+    return (y.flatten(1) if flat else y).to(x.dtype)
+
+
+def _backend(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return cpu
+    if device.type == "cuda":
+        cuda.require()
+        return cuda
+    raise RuntimeError(f"no sparse kernels for device {device}: use cpu or cuda")
+
+
+# --- The one door ---------------------------------------------------------------------------------------------------
+
+
+def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dense: bool = False) -> nn.Module:
+    """A copy of a pruned network, in eval mode, whose pruned layers run in kernels that skip their zeros.
+
+    In every `nn.Sequential` batch norm is folded, and bias, ReLU and 2x2 max-pools are fused; layers in a row become a
+    `SparseSequential`. Pruned convolutions elsewhere become `SparseConv2d`. What has no zeros, or no kernel (strides,
+    groups, other kernel sizes), stays as it is; `dense` packs layers without zeros too, to see what fusion alone gives.
+    The outputs are those of `model` up to rounding; on a GPU the kernels calculate in fp16 with fp32 sums.
+
+    `device` moves the copy; by default it stays where the model is. Raises ValueError for a model in training mode, and
+    RuntimeError where the device's kernels can't run.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first, batch norm is folded as it is then")
+    if device is not None:
+        _backend(torch.device(device))
+    model = _sparsified(copy.deepcopy(model), dense)
+    return model if device is None else model.to(device)
+
+
+def describe(sparse_model: nn.Module) -> pd.DataFrame:
+    """One row per sparse layer: format, sparsity, bytes of the format beside those of the dense weight."""
+    layers = {name: m for name, m in sparse_model.named_modules() if isinstance(m, SparseLayer)}
+    rows = {
+        name: {
+            "layer": "×".join(map(str, layer.weight.shape)),
+            "format": str(layer.weight),
+            "sparsity_pct": 100 * layer.sparsity,
+            "storage_bytes": layer.weight.storage_bytes,
+            "dense_bytes": layer.weight.shape.numel() * layer.weight.values.element_size(),
+        }
+        for name, layer in layers.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
+
+
+def _sparsified(module: nn.Module, dense: bool) -> nn.Module:
+    if type(module) is nn.Sequential:
+        return _fused(_flattened(module), dense)
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        return _sparse_layer(module) if _packable(module, dense) else module
+    for name, child in module.named_children():
+        setattr(module, name, _sparsified(child, dense))
+    return module
+
+
+def _flattened(sequential: nn.Sequential) -> list[nn.Module]:
+    """Nested `nn.Sequential` written out, without what does nothing in eval mode."""
+    layers = []
+    for module in sequential:
+        if type(module) is nn.Sequential:
+            layers += _flattened(module)
+        elif not isinstance(module, (nn.Dropout, nn.Identity)):
+            layers.append(module)
+    return layers
+
+
+def _fused(layers: list[nn.Module], dense: bool) -> nn.Module:
+    """Fuse what follows into each packed layer, and packed layers in a row into a `SparseSequential`."""
+    result, chain = [], []
+    while layers:
+        layer, layers = layers[0], layers[1:]
+        if _packable(layer, dense) or (_has_few_columns(layer) and _packable(_next_weighted(layers), dense)):
+            layer, layers = _with_batch_norm(layer, layers)
+            relu = bool(layers) and isinstance(layers[0], nn.ReLU)
+            layers = layers[relu:]
+            pool = isinstance(layer, nn.Conv2d) and bool(layers) and _is_small_max_pool(layers[0])
+            layers = layers[pool:]
+            chain.append(_sparse_layer(layer, relu, pool))
+        elif chain and isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+            chain.append(layer)
+        else:
+            result += [*_closed(chain), _sparsified(layer, dense)]
+            chain = []
+    result += _closed(chain)
+    return result[0] if len(result) == 1 else nn.Sequential(*result)
+
+
+def _closed(chain: list[nn.Module]) -> list[nn.Module]:
+    return [SparseSequential(*chain)] if chain else []
+
+
+def _packable(module: nn.Module | None, dense: bool) -> bool:
+    """Whether the kernels can run a layer and skip something in it (`dense`: or need not)."""
+    return isinstance(module, (nn.Conv2d, nn.Linear)) and not _unsupported(module) and _has_zeros(module, dense)
+
+
+def _has_few_columns(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and not _unsupported(module) and module.weight[0].numel() < FEW_COLUMNS
+
+
+def _next_weighted(layers: list[nn.Module]) -> nn.Module | None:
+    return next((layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))), None)
+
+
+def _has_zeros(module: nn.Module, dense: bool) -> bool:
+    return dense or not bool(module.weight.all())
+
+
+def _unsupported(module: nn.Conv2d | nn.Linear) -> str | None:
+    """What keeps a layer from the kernels, if anything does."""
+    if isinstance(module, nn.Linear):
+        return None
+    if module.kernel_size not in ((3, 3), (1, 1)):
+        return f"its kernel is {module.kernel_size}, 3x3 and 1x1 are supported"
+    if module.stride != (1, 1) or module.dilation != (1, 1) or module.groups != 1:
+        return "stride, dilation and groups must be 1"
+    if module.padding not in ("same", tuple(size // 2 for size in module.kernel_size)):
+        return "its padding must keep the size of the map"
+    return None if module.padding_mode == "zeros" else f"padding_mode {module.padding_mode!r} is not supported"
+
+
+def _with_batch_norm(layer: nn.Module, rest: list[nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
+    """Fold a batch norm that follows into the layer. Pruned weights stay zero: each output channel is only scaled."""
+    if rest and isinstance(layer, nn.Conv2d) and isinstance(rest[0], nn.BatchNorm2d):
+        return fusion.fuse_conv_bn_eval(layer, rest[0]), rest[1:]
+    if rest and isinstance(layer, nn.Linear) and isinstance(rest[0], nn.BatchNorm1d):
+        return fusion.fuse_linear_bn_eval(layer, rest[0]), rest[1:]
+    return layer, rest
+
+
+def _sparse_layer(layer: nn.Module, relu: bool = False, pool: bool = False) -> SparseLayer:
+    if isinstance(layer, nn.Conv2d):
+        return SparseConv2d.from_dense(layer, relu, pool)
+    return SparseLinear.from_dense(layer, relu)
+
+
+def _is_small_max_pool(module: nn.Module) -> bool:
+    """Whether this is the 2x2 max-pool that the kernels fuse."""
+    if not isinstance(module, nn.MaxPool2d) or module.return_indices or module.ceil_mode:
+        return False
+    pairs = [value if isinstance(value, tuple) else (value, value) for value in (module.kernel_size, module.stride)]
+    return pairs == [(2, 2), (2, 2)] and module.padding in (0, (0, 0)) and module.dilation in (1, (1, 1))
