@@ -110,7 +110,7 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
             halo_out = follower.halo if isinstance(follower, SparseLayer) else 0
             if layer.pool and min(y.shape[2:4]) - 2 * layer.halo < 2:
                 raise ValueError(f"maps of {tuple(y.shape[2:4])} pixels are too small for the max-pool of {layer}")
-            y = backend.conv(y, layer.plan(backend, x.device, halo_out), f"layer {i % 2}")
+            y = backend.conv(y, layer.plan(backend, x.device, halo_out))
         y = backend.from_layout(y, len(x))
     flat = any(isinstance(layer, (nn.Flatten, SparseLinear)) for layer in layers)
     return (y.flatten(1) if flat else y).to(x.dtype)
