@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?=
 CORES ?=
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.graph $(if $(CORES),--cores $(CORES))
@@ -41,8 +42,9 @@ figures: env ## redraw figures and tables from the tables of PROFILE, without tr
 sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"
 
-bench: env ## time the masks of a full VGG-16
+bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu or cuda; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench masks
+	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

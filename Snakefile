@@ -4,6 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from reprolib import paths, profiles, records
 
 RUN = (
@@ -36,6 +38,7 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
 else:  # make reproduce, make figures: one profile
     profile = profiles.load(config["profile"])
     RESULTS, FIGURES = str(paths.results(profile.name)), str(paths.figures(profile.name))
+    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     EXECUTED, TABLES = f"{RESULTS}/notebooks", f"{RESULTS}/tables"
     DENSE = [f"01-{dataset}-seed{seed}" for seed in profile.seeds for dataset in profile.datasets]
 
@@ -58,7 +61,8 @@ else:  # make reproduce, make figures: one profile
         input:
             f"{RESULTS}/claims.csv",
             drawn("mask_anatomy", "accuracy_vs_sparsity", "bank_block", "variations", "claims"),
-            tabled("accuracy", "claims"),
+            drawn("roofline", "latency_vs_sparsity", "accuracy_vs_latency"),
+            tabled("accuracy", "latency", "claims"),
 
     rule figures:
         input:
@@ -129,6 +133,16 @@ else:  # make reproduce, make figures: one profile
         run:
             records.join([Path(name) for name in input], Path(output[0]))
 
+    rule latency_csv:
+        output:
+            paths.latency_csv(profile.name),
+        threads: workflow.cores  # nothing else runs while latencies are measured
+        resources:
+            gpu=1,
+        shell:
+            shlex.quote(sys.executable)
+            + f" -m reprolib.bench latency --own --profile {profile.name} --device {DEVICE} --output {{output:q}}"
+
     # --- Figures: these rules train nothing ---------------------------------------------------------------------------
 
     rule anatomy:
@@ -168,9 +182,36 @@ else:  # make reproduce, make figures: one profile
         shell:
             RUN
 
+    rule kernel_figures:
+        input:
+            paths.latency_csv(profile.name),
+            notebook=paths.notebook("05"),
+        output:
+            drawn("roofline", "latency_vs_sparsity"),
+            tabled("latency"),
+            notebook=f"{EXECUTED}/05.ipynb",
+        params:
+            json=parameters,
+        shell:
+            RUN
+
+    rule latency_figure:
+        input:
+            paths.accuracy_csv(profile.name),
+            paths.latency_csv(profile.name),
+            notebook=paths.notebook("06"),
+        output:
+            drawn("accuracy_vs_latency"),
+            notebook=f"{EXECUTED}/06.ipynb",
+        params:
+            json=parameters,
+        shell:
+            RUN
+
     rule claims:
         input:
             paths.accuracy_csv(profile.name),
+            paths.latency_csv(profile.name),
             notebook=paths.notebook("07"),
         output:
             drawn("claims"),

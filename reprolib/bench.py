@@ -1,17 +1,20 @@
 """Benchmarks. Timings live here, never in tests.
 
 python -m reprolib.bench masks --threads 2
+python -m reprolib.bench latency --profile laptop --device cpu
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
-from reprolib import pruning, records
+from reprolib import latency, profiles, pruning, records
 from reprolib.models import vgg16
 from reprolib.patterns import Pattern, parse
 
@@ -32,11 +35,28 @@ def mask_time_ms(pattern: Pattern, sparsity: float, repeats: int = 7) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["masks"])
+    parser.add_argument("what", choices=["masks", "latency"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--profile", default="laptop", help="whose networks to time")
+    parser.add_argument("--device", default="cpu", choices=list(latency.BATCHES))
+    parser.add_argument("--own", action="store_true", help="the profile's networks only, without the survey")
+    parser.add_argument("--output", type=Path, help="where the table goes, if not below results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"masks of all pruned layers of VGG-16 at 90 %, {records.hardware()}, {arguments.threads} threads, median")
+    try:
+        if arguments.what == "masks":
+            print_mask_times(arguments.threads)
+        else:
+            profile, device = profiles.load(arguments.profile), arguments.device
+            output = arguments.output or latency.folder(profile, device) / "latency.csv"
+            records.write_csv(output, latency.benchmark(profile, device, survey=not arguments.own))
+            print(f"latencies: {output}")
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def print_mask_times(threads: int) -> None:
+    print(f"masks of all pruned layers of VGG-16 at 90 %, {records.hardware()}, {threads} threads, median")
     for text in PATTERNS:
         print(f"{text:30} {mask_time_ms(parse(text), 0.9):7.0f} ms")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -20,6 +21,8 @@ CLAIMS = {
     4: "Hybrid's measured inference speed lies between block's and balanced's",
     5: "Without a regularizer, hybrid is at least as accurate as block with group lasso",
 }
+BETWEEN = "hybrid between block and balanced"
+LATENCY_UNIT = "% of latency"
 _ACCURACY_RIVALS = {1: "block", 2: "balanced", 5: "block-group-lasso"}
 
 
@@ -70,11 +73,11 @@ def reached_sparsity(accuracy: pd.DataFrame, drop: float) -> float:
     return float(1 - np.exp(log_density[last] + share * (log_density[last + 1] - log_density[last])))
 
 
-def decide(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """One row per claim, data set and comparison, from a table of accuracies (results/<profile>/accuracy.csv).
+def decide(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per claim, data set and comparison, from ``accuracy.csv`` and ``latency.csv`` of ``results/<profile>/``.
 
-    Columns: claim, dataset, comparison, seeds, difference, low, high (mean and 95 % interval of the paired
-    differences), unit, verdict, remark (what the row rests on or what is missing).
+    Columns: claim, dataset (claim 4: the device), comparison, seeds, difference, low, high (mean and 95 % interval of
+    the paired differences), unit, verdict, remark (what the row rests on or what is missing).
     """
     rows = []
     for dataset, group in accuracy.groupby("dataset", sort=False):
@@ -82,7 +85,7 @@ def decide(accuracy: pd.DataFrame) -> pd.DataFrame:
             rows += _accuracy_rows(claim, dataset, group, rival)
         for rival in ("block", "balanced"):
             rows += [_reach_row(dataset, group, rival, drop) for drop in DROPS]
-        rows.append(_row(4, dataset, "speed of hybrid, block, balanced", [], "", "latencies are not measured yet"))
+    rows += _speed_rows(latency, accuracy["width"].iloc[0])
     return pd.DataFrame(rows).sort_values(["claim", "dataset"], kind="stable", ignore_index=True)
 
 
@@ -142,6 +145,43 @@ def _reach_row(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> di
     }
     notes = [f"{count} of {len(reached)} networks {where}, counted there" for where, count in censored.items() if count]
     return _row(3, dataset, name, gains, "points of sparsity", "; ".join(notes) or "interpolated")
+
+
+def _speed_rows(latency: pd.DataFrame | None, width: float) -> list[dict]:
+    """Claim 4, for each device that networks of this width were timed on."""
+    if latency is None:
+        return [_row(4, "cpu", BETWEEN, [], LATENCY_UNIT, "no latency.csv: make bench measures it")]
+    decisive = (latency["scope"] == "network") & (latency["width"] == width)
+    decisive &= latency["target_sparsity"] >= DECIDED_FROM
+    rows = [_device_speed_rows(device, group) for device, group in latency[decisive].groupby("device")]
+    remark = f"no latencies of all three patterns at {100 * DECIDED_FROM:.0f} % or more and width {width:g}: make bench"
+    return list(itertools.chain(*rows)) or [_row(4, "cpu", BETWEEN, [], LATENCY_UNIT, remark)]
+
+
+def _device_speed_rows(device: str, latency: pd.DataFrame) -> list[dict]:
+    """How far inside the interval between block and balanced hybrid lies, on a logarithmic scale; negative outside.
+
+    That is its distance to the nearer end, whichever of the two is the faster one. Nothing without all three patterns.
+    """
+    logs = latency.assign(log=100 * np.log(latency["latency_us"]))
+    logs = logs.pivot_table(index=["batch", "target_sparsity", "seed"], columns="pattern", values="log")
+    if not {"hybrid", "block", "balanced"} <= set(logs.columns):
+        return []
+    logs = logs[["hybrid", "block", "balanced"]].dropna()
+    gaps = {rival: logs["hybrid"] - logs[rival] for rival in ("block", "balanced")}
+    block, balanced = (gap.groupby("seed").mean() for gap in gaps.values())
+    inside = np.maximum(np.minimum(block, -balanced), np.minimum(-block, balanced))
+    batches = ", ".join(str(batch) for batch in logs.index.unique("batch"))
+    tested = ", ".join(f"{100 * sparsity:g}" for sparsity in logs.index.unique("target_sparsity"))
+    rows = [_row(4, device, BETWEEN, inside, LATENCY_UNIT, f"mean over {tested} % sparsity and batches of {batches}")]
+    for rival, gap in gaps.items():
+        parts = {f"hybrid − {rival}": gap.groupby("seed").mean()}
+        for batch, values in gap.groupby("batch"):
+            parts[f"hybrid − {rival} at batch {batch}"] = values.groupby("seed").mean()
+        for name, values in parts.items():
+            row = _row(4, device, name, values, LATENCY_UNIT, "positive: hybrid is slower")
+            rows.append(row | {"verdict": ORIENTATION})
+    return rows
 
 
 def _row(claim: int, dataset: str, comparison: str, differences, unit: str, remark: str) -> dict:

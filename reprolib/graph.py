@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from reprolib import notebooks, paths, profiles, records
 
-FIGURES = ["anatomy", "accuracy_figure", "ablation_figures", "claims"]  # rules that train nothing
+# rules that train and time nothing
+FIGURES = ["anatomy", "accuracy_figure", "ablation_figures", "kernel_figures", "latency_figure", "claims"]
 
 
 def reproduce(profile_name: str | None, cores: int) -> None:
@@ -47,8 +48,8 @@ def reproduce(profile_name: str | None, cores: int) -> None:
 def figures(profile_name: str, cores: int) -> None:
     """Redraw all figures and tables of a profile from its tables, without training."""
     profiles.load(profile_name)
-    for path in (paths.accuracy_csv(profile_name), paths.ablations_csv(profile_name)):
-        records.read_csv(path)
+    for table in (paths.accuracy_csv, paths.ablations_csv, paths.latency_csv):
+        records.read_csv(table(profile_name))
     targets = ["figures", "--forceall", "--allowed-rules", "figures", *FIGURES]
     _snakemake(targets, paths.results(profile_name), cores, [], "figure", {"profile": profile_name})
     print(f"redrawn: {paths.figures(profile_name)}")

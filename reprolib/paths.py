@@ -38,6 +38,10 @@ def ablations_csv(profile: str) -> Path:
     return results(profile) / "ablations.csv"
 
 
+def latency_csv(profile: str) -> Path:
+    return results(profile) / "latency.csv"
+
+
 def claims_csv(profile: str) -> Path:
     return results(profile) / "claims.csv"
 

@@ -219,6 +219,34 @@ class Balanced(Pattern):
 
 
 @dataclass(frozen=True)
+class NM(Pattern):
+    """N:M sparsity: of every m consecutive weights of a row the n largest stay, whatever the target sparsity.
+
+    ``NM(2, 4)`` is what sparse tensor cores execute. ``NM(2, 4) & Block(32, 32)`` leaves the rest of the target to the
+    blocks.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n > self.m:
+            raise ValueError(f"NM keeps n of m weights: n = {self.n} must not be larger than m = {self.m}")
+
+    def mask(self, weight: Tensor, sparsity: float) -> Tensor:
+        """As `Pattern.mask`, with a sparsity of always 1 - n / m."""
+        _magnitudes(weight, sparsity, self.order)
+        return Balanced(self.m, order=self.order).mask(weight, 1 - self.n / self.m)
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        return Balanced(self.m).scores(matrix)
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        return Balanced(self.m).spread(values, shape)
+
+
+@dataclass(frozen=True)
 class Vector(Pattern):
     """Whole column vectors go: the weights of `length` consecutive output channels at one column, ranked by L1 norm.
 

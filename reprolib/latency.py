@@ -1,0 +1,349 @@
+"""Latency, measured: sparse kernels against the best dense path of the same machine.
+
+All implementations of one network (or layer) and batch take turns, round by round in random order, on fresh random
+inputs: whatever disturbs the machine disturbs all of them. On a GPU every implementation is captured in a CUDA graph.
+Only the masks matter for speed, so the networks are untrained; batch norm is folded on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+from tqdm.auto import tqdm
+
+from reprolib import paths, pruning, records, sparse
+from reprolib.models import vgg16
+from reprolib.patterns import parse
+from reprolib.profiles import Profile
+from reprolib.sparse import cpu, cuda
+from reprolib.sparse.layers import SparseConv2d
+
+BATCHES = {"cpu": (1, 16, 64), "cuda": (1, 128, 1024)}
+ROUNDS = 9
+SEEDS = 5  # networks per pattern and sparsity: the intervals of claim 4 are over them
+INPUTS = 4  # that take turns
+SPARSE = "sparse kernels"
+
+# The survey, at full width. Balanced(64) is the shortest bank that expresses all sparsities.
+PATTERNS = {
+    "block": "Block(32, 32)",
+    "vector": "Vector(32)",
+    "hybrid": "Balanced(16) & Block(32, 32)",
+    "two-four-block": "NM(2, 4) & Block(32, 32)",
+    "balanced": "Balanced(64)",
+    "unstructured": "Unstructured()",
+}
+SPARSITIES = (0.5, 0.75, 0.9, 0.95)
+SURVEY_SEEDS = 3
+# C_in, C_out, H = W: the distinct pruned convolutions of VGG-16
+LAYERS = (
+    (64, 64, 32),
+    (64, 128, 16),
+    (128, 128, 16),
+    (128, 256, 8),
+    (256, 256, 8),
+    (256, 512, 4),
+    (512, 512, 4),
+    (512, 512, 2),
+)
+
+Specs = tuple[tuple[str, str, float], ...]  # pattern's name in tables, its text form, target sparsity
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation: what it is, and a call without arguments that runs it once."""
+
+    implementation: str
+    dtype: str
+    call: Callable[[], object]
+    pattern: str = "dense"
+    spec: str = ""
+    target_sparsity: float = 0.0
+    sparsity: float = 0.0
+
+
+# --- What is measured -----------------------------------------------------------------------------------------------
+
+
+def benchmark(profile: Profile, device: str, survey: bool) -> pd.DataFrame:
+    """Latencies of the profile's networks, with `survey` also of full-width VGG-16 and of its layers.
+
+    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer), name, width, batch,
+    device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers), implementation, seed, rounds,
+    latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest dense one of the same name,
+    batch, seed and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind (measured), commit, hardware,
+    threads, torch.
+
+    Raises RuntimeError where the device's kernels can't run.
+    """
+    if device == "cuda":
+        cuda.require()
+    rows = []
+    with torch.inference_mode():
+        plan = list(_contests(profile, device, survey))
+        for name, contestants in tqdm(plan, desc=f"latency on {device}", unit="contest"):
+            rows += [name | row for row in _measure(contestants(), device)]
+    table = pd.DataFrame(rows)
+    groups = ["scope", "name", "batch", "seed"]
+    reference = table[(table["pattern"] == "dense") & (table["dtype"] == ("fp32" if device == "cpu" else "fp16"))]
+    best = reference[reference["implementation"] != SPARSE].groupby(groups)["latency_us"].min().rename("best")
+    table["speedup"] = table.join(best, on=groups)["best"] / table["latency_us"]
+    where = {"commit": records.commit(), "hardware": records.hardware(), "threads": torch.get_num_threads()}
+    return table.assign(kind="measured", **where, torch=torch.__version__)
+
+
+def _contests(profile: Profile, device: str, survey: bool) -> Iterator[tuple[dict, Callable[[], list[Contender]]]]:
+    """Every network or layer, batch and seed, with a function that prepares its contenders."""
+
+    def network(width: float, seed: int, batch: int, specs: Specs):
+        name = {"scope": "network", "name": f"VGG-16 ×{width:g}", "width": width, "batch": batch, "seed": seed}
+        return name | {"device": device}, lambda: _network_contenders(width, seed, batch, device, specs)
+
+    own = profile_specs(profile)
+    for seed, batch in itertools.product(range(SEEDS), BATCHES[device]):
+        yield network(profile.width, seed, batch, own)
+    if not survey:
+        return
+    specs = tuple((label, spec, sparsity) for label, spec in PATTERNS.items() for sparsity in SPARSITIES)
+    if profile.width != 1:
+        for seed, batch in itertools.product(range(SURVEY_SEEDS), BATCHES[device]):
+            yield network(1.0, seed, batch, specs)
+    for (c_in, c_out, size), batch in itertools.product(LAYERS, BATCHES[device]):
+        name = {"scope": "layer", "name": f"{c_in}→{c_out}, {size}×{size}", "width": 1.0, "batch": batch, "seed": 0}
+        shape = (c_in, c_out, size, batch)
+        yield name | {"device": device}, lambda shape=shape: _layer_contenders(*shape, device, specs)
+
+
+def profile_specs(profile: Profile) -> Specs:
+    """Method, pattern and target sparsity of the profile's methods; what shares the masks of another is left out."""
+    chosen = {}
+    for method, settings in profile.methods.items():
+        if settings.get("score", "magnitude") == "magnitude" and not settings.get("group_lasso"):
+            chosen |= {
+                (method, settings["pattern"], sparsity): None for sparsity in profile.settings(method)["sparsities"]
+            }
+    return tuple(chosen)
+
+
+def _network_contenders(width: float, seed: int, batch: int, device: str, specs: Specs) -> list[Contender]:
+    dense, sparse_models = _networks(width, seed, device, specs)
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
+    found = list(_dense_contenders(_folded(dense), images, device))
+    return found + [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
+
+
+@lru_cache(maxsize=1)  # the batches of a seed share its networks
+def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
+    """A dense VGG-16, and what `sparsify` makes of it: as it is, and pruned as each of `specs` says."""
+    torch.manual_seed(seed)
+    dense = vgg16(10, width).eval()
+    found = [({}, sparse.sparsify(dense, device, dense=True))]
+    for pattern, spec, sparsity in specs:
+        model = copy.deepcopy(dense)
+        weights = pruning.prunable(model)
+        masks = pruning.make_masks(weights, parse(spec), pruning.uniform_ratios(weights, sparsity))
+        pruning.apply_masks(weights, masks)
+        about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
+        about["sparsity"] = pruning.achieved_sparsity(masks)
+        found.append((about, sparse.sparsify(model, device)))
+    return dense, found
+
+
+def _layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:
+    """A convolution with bias and ReLU. Sparse kernels are timed on activations in their layout, as in a network."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+    images = [torch.randn(batch, c_in, size, size) for _ in range(INPUTS)]
+    found = list(_dense_contenders(nn.Sequential(conv, nn.ReLU()).eval(), images, device))
+    found.append(_sparse_layer_contender(conv, images, device))
+    for pattern, spec, sparsity in specs:
+        pruned = copy.deepcopy(conv)
+        mask = parse(spec).mask(pruned.weight, sparsity)
+        pruned.weight.masked_fill_(~mask, 0)
+        about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
+        about["sparsity"] = 1 - mask.float().mean().item()
+        found.append(_sparse_layer_contender(pruned, images, device, **about))
+        if device == "cuda":
+            found += _gemm_peers(pruned, images, **about)
+    return found
+
+
+def _folded(model: nn.Sequential) -> nn.Sequential:
+    """The model with every batch norm folded into the convolution before it."""
+    layers = []
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = fusion.fuse_conv_bn_eval(layers[-1], module)
+        else:
+            layers.append(module)
+    return nn.Sequential(*layers).eval()
+
+
+def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:
+    """The dense rivals: on a CPU oneDNN in both layouts and types, on a GPU cuDNN and the compiler, in fp16."""
+
+    def run(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
+        model = copy.deepcopy(model).to(device, dtype, memory_format=layout)
+        return _rotating(model, [x.to(device, dtype, memory_format=layout) for x in images], device)
+
+    first, last = torch.contiguous_format, torch.channels_last
+    if device == "cpu":
+        yield Contender("oneDNN, channels first", "fp32", run(model, torch.float32, first))
+        yield Contender("oneDNN, channels last", "fp32", run(model, torch.float32, last))
+        yield Contender("oneDNN, channels last", "bf16", run(model, torch.bfloat16, last))
+        return
+    torch.backends.cudnn.benchmark = True
+    yield Contender("cuDNN, channels last", "fp16", run(model, torch.float16, last))
+    half = copy.deepcopy(model).to(device, torch.float16, memory_format=last)
+    compiled = torch.compile(half, mode="max-autotune-no-cudagraphs")
+    inputs = [x.to(device, torch.float16, memory_format=last) for x in images]
+    yield Contender("torch.compile, max-autotune", "fp16", _rotating(compiled, inputs, device))
+
+
+def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **about) -> Contender:
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    inputs = [x.to(device, dtype) for x in images]
+    return Contender(SPARSE, _kernel_type(device), _rotating(model.to(dtype), inputs, device), **about)
+
+
+def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
+    layer = SparseConv2d.from_dense(conv, relu=True)
+    kernels = cpu if device == "cpu" else cuda
+    plan = layer.plan(kernels, torch.device(device), 1)
+    inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
+    return Contender(SPARSE, _kernel_type(device), _rotating(lambda x: kernels.conv(x, plan), inputs, device), **about)
+
+
+def _kernel_type(device: str) -> str:
+    return "fp32" if device == "cpu" else "fp16"
+
+
+def _gemm_peers(conv: nn.Conv2d, images: list[Tensor], **about) -> Iterator[Contender]:
+    """PyTorch's own sparse products for the same masked weight: the product alone, and with the unfolding it needs."""
+    from torch.sparse import SparseSemiStructuredTensor, _triton_ops, _triton_ops_meta, to_sparse_semi_structured
+
+    weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).half().cuda()
+    bias = conv.bias.detach().half().cuda()
+
+    def unfold(x: Tensor) -> Tensor:  # columns in (tap, channel) order, as in the weight's GEMM view
+        n, c, h, w = x.shape
+        return F.unfold(x, 3, padding=1).reshape(n, c, 9, h * w).transpose(1, 2).flatten(1, 2)
+
+    def contenders(name: str, product: Callable[[Tensor], Tensor]) -> Iterator[Contender]:
+        inputs = [x.half().cuda() for x in images]
+        columns = [unfold(x).transpose(0, 1).flatten(1).contiguous() for x in inputs]
+        alone = _rotating(product, columns, "cuda")
+        yield Contender(f"{name}, product only", "fp16", alone, **about)
+        whole = _rotating(lambda x: product(unfold(x).transpose(0, 1).flatten(1).contiguous()), inputs, "cuda")
+        yield Contender(f"{name}, with unfold", "fp16", whole, **about)
+
+    if about["pattern"] == "block":
+        bsr = weight.to_sparse_bsr((32, 32))
+        columns = images[0].shape[0] * images[0].shape[2] * images[0].shape[3]
+        out = weight.new_zeros(weight.shape[0], columns)
+        _triton_ops_meta.optimize_bsr_dense_addmm(
+            weight.shape[0], weight.shape[1], columns, 32, 32, sparsity=about["target_sparsity"]
+        )
+        yield from contenders("torch BSR", lambda x: _triton_ops.bsr_dense_addmm(out, bsr, x, beta=0).relu_())
+    if about["pattern"] == "two-four-block" and about["target_sparsity"] == 0.5:
+        SparseSemiStructuredTensor._FORCE_CUTLASS = False
+        two_four = to_sparse_semi_structured(weight)
+        yield from contenders("torch 2:4", lambda x: torch.addmm(bias[:, None], two_four, x).relu_())
+
+
+# --- How it is measured ---------------------------------------------------------------------------------------------
+
+
+def _rotating(function: Callable[[Tensor], object], inputs: list[Tensor], device: str) -> Callable[[], object]:
+    """A call that runs `function` on the next of the inputs; on a GPU the replay of a graph captured for it."""
+    if device == "cpu":
+        turns = itertools.cycle(inputs)
+        return lambda: function(next(turns))
+    graphs = []
+    for x in inputs:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # warm-up outside the capture: compilation, autotuning, cuDNN's search
+            for _ in range(3):
+                function(x)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function(x)
+        graphs.append((graph, x))  # the graph reads x: keep it
+    turns = itertools.cycle(graphs)
+    return lambda: next(turns)[0].replay()
+
+
+def _time_us(call: Callable[[], object], device: str) -> float:
+    """One call, in microseconds, right after another one that is not counted."""
+    call()
+    if device == "cpu":
+        started = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - started) / 1e3
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    call()
+    after.record()
+    after.synchronize()
+    return 1e3 * before.elapsed_time(after)
+
+
+def _measure(contenders: list[Contender], device: str) -> list[dict]:
+    """Medians and quartiles over rounds in which every contender has one turn, in random order."""
+    order = np.random.default_rng(0)
+    for contender in contenders:
+        contender.call()  # compiles, plans, allocates
+    times = np.array(
+        [_one_round(contenders, order.permutation(len(contenders)), device) for _ in range(ROUNDS)], dtype=float
+    )
+    q1, median, q3 = np.quantile(times, [0.25, 0.5, 0.75], axis=0)
+    return [
+        {
+            "dtype": contender.dtype,
+            "pattern": contender.pattern,
+            "spec": contender.spec,
+            "target_sparsity": contender.target_sparsity,
+            "sparsity": contender.sparsity,
+            "implementation": contender.implementation,
+            "rounds": ROUNDS,
+            "latency_us": median[i],
+            "latency_q1_us": q1[i],
+            "latency_q3_us": q3[i],
+        }
+        for i, contender in enumerate(contenders)
+    ]
+
+
+def _one_round(contenders: list[Contender], order: np.ndarray, device: str) -> list[float]:
+    times = [0.0] * len(contenders)
+    for i in order:
+        times[i] = _time_us(contenders[i].call, device)
+    return times
+
+
+# --- Where it goes --------------------------------------------------------------------------------------------------
+
+
+def folder(profile: Profile, device: str) -> Path:
+    """``results/<profile>`` for the CPU; for a GPU ``results/<model>``, such as ``results/h100``."""
+    if device == "cpu":
+        return paths.results(profile.name)
+    words = records.hardware().split()
+    model = next((word for word in words if re.search(r"\d", word)), words[-1])
+    return paths.results(model.lower())
