@@ -16,6 +16,7 @@ applies ReLU and the 2x2 max-pool and writes the next layer's input, halo includ
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import threading
@@ -79,13 +80,14 @@ _workspaces = threading.local()
 def workspace(name: str, shape: tuple[int, ...]) -> Tensor:
     """Float32 memory of this thread that is used again by the next call with the same name: fresh pages are slow.
 
-    One vector more than `shape` needs is there behind it: the last vector of a map may be read beyond its end.
+    Two vectors more than `shape` needs are there behind it: the last vector of a map may be read beyond its end.
     """
-    size = int(np.prod(shape)) + LANES
+    size = math.prod(shape)
     held = vars(_workspaces)
-    if name not in held or held[name].numel() < size:
-        held[name] = torch.empty(size)
-    return held[name][: size - LANES].view(shape)
+    if name not in held or held[name].numel() < size + 2 * LANES:
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            held[name] = torch.empty(size + 2 * LANES)
+    return held[name][:size].view(shape)
 
 
 # --- What the kernel works from -------------------------------------------------------------------------------------
@@ -211,6 +213,45 @@ def _bands(groups: int, channels: int, height: int, width: int, halo: int, n: in
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
 
+_INDEX = ir.IntType(64)
+_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+
+
+class _Emitter:
+    """Emits the LLVM instructions of an intrinsic: addresses in Numba's arrays, whole vectors, splats."""
+
+    def __init__(self, context, builder, signature, arguments):
+        self.context, self.builder, self.types, self.arguments = context, builder, signature.args, arguments
+
+    def data(self, i: int):
+        """Pointer to the first element of argument i, an array."""
+        return self.context.make_array(self.types[i])(self.context, self.builder, self.arguments[i]).data
+
+    def sum(self, *terms):
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.builder.add(total, term if isinstance(term, ir.Value) else _INDEX(term))
+        return total
+
+    def at(self, pointer, *terms):
+        return self.builder.gep(pointer, [self.sum(*terms)])
+
+    def vector_at(self, pointer, *terms):
+        return self.builder.bitcast(self.at(pointer, *terms), _VECTOR.as_pointer())
+
+    def load_vector(self, pointer, *terms):
+        return self.builder.load(self.vector_at(pointer, *terms), align=4)
+
+    def splat(self, scalar):
+        empty = ir.Constant(_VECTOR, ir.Undefined)
+        lanes = self.builder.insert_element(empty, scalar, ir.IntType(32)(0))
+        return self.builder.shuffle_vector(lanes, empty, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+    def maximum(self, floor, vector):
+        """The larger of both, lane by lane; NaN in `vector` stays."""
+        return self.builder.select(self.builder.fcmp_unordered(">", vector, floor), vector, floor)
+
+
 @intrinsic
 def _accumulate(context, v, s, x, places, first, offsets, values, start, stop, scratch, at, stride):
     """Sum up V x S output vectors in registers: for every entry k in [start, stop)
@@ -220,82 +261,94 @@ def _accumulate(context, v, s, x, places, first, offsets, values, start, stop, s
     for i < V, j < S. The tuples `v` and `s` carry V and S in their length, so that the loops over them are unrolled.
     """
     rows, vectors = v.count, s.count
-    index, lane_type = ir.IntType(64), ir.FloatType()
-    vector = ir.VectorType(lane_type, LANES)
-    splat = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
 
     def generate(context, builder, signature, arguments):
-        def pointer(argument):
-            return context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
-
-        def load(array, *terms):
-            position = terms[0]
-            for term in terms[1:]:
-                position = builder.add(position, term)
-            return builder.load(builder.gep(array, [position]))
-
-        def as_vector(array, position):
-            return builder.bitcast(builder.gep(array, [position]), vector.as_pointer())
-
-        x, places, offsets, values, scratch = (pointer(i) for i in (2, 3, 5, 6, 9))
+        emit = _Emitter(context, builder, signature, arguments)
+        x, places, offsets, values, scratch = (emit.data(i) for i in (2, 3, 5, 6, 9))
         first, start, stop, at, stride = (arguments[i] for i in (4, 7, 8, 10, 11))
-        bases = [builder.gep(x, [load(places, first, index(j))]) for j in range(vectors)]
-        sums = []
+        bases = [emit.at(x, builder.load(emit.at(places, first, j))) for j in range(vectors)]
+        sums = {}  # of output vector i, j: where it lies in scratch, and its register
         for i in range(rows):
-            row = builder.add(at, builder.mul(stride, index(i)))
             for j in range(vectors):
-                target = as_vector(scratch, builder.add(row, index(j * LANES)))
-                total = cgutils.alloca_once(builder, vector)
-                builder.store(builder.load(target, align=4), total)
-                sums.append((i, j, target, total))
-        with cgutils.for_range_slice(builder, start, stop, index(1)) as (k, _):
-            offset = builder.sext(load(offsets, k), index)
-            inputs = [builder.load(as_vector(base, offset), align=4) for base in bases]
-            for i, j, _target, total in sums:
-                if j == 0:
-                    weight = load(values, builder.mul(k, index(rows)), index(i))
-                    lanes = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.IntType(32)(0))
-                    lanes = builder.shuffle_vector(lanes, ir.Constant(vector, ir.Undefined), splat)
-                product = builder.fmul(lanes, inputs[j], flags=["contract"])
-                builder.store(builder.fadd(product, builder.load(total), flags=["contract"]), total)
-        for _i, _j, target, total in sums:
-            builder.store(builder.load(total), target, align=4)
+                target = emit.vector_at(scratch, at, builder.mul(stride, _INDEX(i)), j * LANES)
+                register = cgutils.alloca_once(builder, _VECTOR)
+                builder.store(builder.load(target, align=4), register)
+                sums[i, j] = target, register
+        with cgutils.for_range_slice(builder, start, stop, _INDEX(1)) as (k, _):
+            offset = builder.sext(builder.load(emit.at(offsets, k)), _INDEX)
+            inputs = [emit.load_vector(base, offset) for base in bases]
+            for i in range(rows):
+                weight = emit.splat(builder.load(emit.at(values, builder.mul(k, _INDEX(rows)), i)))
+                for j in range(vectors):
+                    register = sums[i, j][1]
+                    product = builder.fmul(weight, inputs[j], flags=["contract"])
+                    builder.store(builder.fadd(product, builder.load(register), flags=["contract"]), register)
+        for target, register in sums.values():
+            builder.store(builder.load(register), target, align=4)
         return context.get_dummy_value()
 
     return types.void(v, s, x, places, first, offsets, values, start, stop, scratch, at, stride), generate
 
 
-@njit(boundscheck=False, fastmath={"nnan", "nsz"}, cache=True)
-def _finish(scratch, start, pitch, first_row, rows, height, width, bias, relu, pool, y, channel, halo):
-    """Bias, ReLU and max-pool for one output channel of a band, written to ``y[:, channel]`` with its halo."""
-    n = y.shape[4]
+@intrinsic
+def _store_row(context, scratch, sources, step, y, at, count, bias, floor):
+    """Write `count` output vectors: for w < count, the maximum over the `sources` (one, or four that are pooled)
+
+    y[at + 16 * w :][:16] = max(max_i scratch[sources[i] + step * w :][:16] + bias, floor)
+    """
+
+    def generate(context, builder, signature, arguments):
+        emit = _Emitter(context, builder, signature, arguments)
+        scratch, y = emit.data(0), emit.data(3)
+        sources = cgutils.unpack_tuple(builder, arguments[1])
+        step, at, count = arguments[2], arguments[4], arguments[5]
+        bias, floor = emit.splat(arguments[6]), emit.splat(arguments[7])
+        with cgutils.for_range(builder, count, intp=_INDEX) as loop:
+            values = [emit.load_vector(scratch, source, builder.mul(loop.index, step)) for source in sources]
+            value = functools.reduce(emit.maximum, values)
+            value = emit.maximum(floor, builder.fadd(value, bias))
+            target = emit.vector_at(y, at, builder.mul(loop.index, _INDEX(LANES)))
+            builder.store(value, target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(scratch, sources, step, y, at, count, bias, floor), generate
+
+
+@njit(boundscheck=False, cache=True)
+def _finish(scratch, start, pitch, first_row, rows, height, bias, floor, pool, y, channel, halo):
+    """Bias, ReLU and max-pool for one output channel of a band, written to ``y[:, channel]`` with its halo.
+
+    ReLU is a `floor` of 0, its absence one of -inf.
+    """
+    _, channels, out_rows, out_columns, n = y.shape
+    count = out_columns - 2 * halo
     for i in range(rows):
         image, h = (first_row + i) // height, (first_row + i) % height
-        if pool:
-            if h % 2 == 0:
-                continue  # its pair comes next; the last row of an odd height has none
-            out, upper, lower = h // 2, start + (i - 1) * pitch, start + i * pitch
+        if pool and h % 2 == 0:
+            continue  # its pair comes next; the last row of an odd height has none
+        out = (h // 2 if pool else h) + halo
+        lower = start + i * pitch
+        upper = lower - pitch
+        at = ((image * channels + channel) * out_rows + out) * out_columns * n + halo * n
+        row = y[image, channel, out]
+        if n == LANES and pool:
+            _store_row(scratch, (upper, upper + LANES, lower, lower + LANES), 2 * LANES, y, at, count, bias, floor)
+        elif n == LANES:
+            _store_row(scratch, (lower,), LANES, y, at, count, bias, floor)
+        elif pool:
+            for w in range(count):
+                above = max(scratch[upper + 2 * w], scratch[upper + 2 * w + 1])
+                below = max(scratch[lower + 2 * w], scratch[lower + 2 * w + 1])
+                row[w + halo, 0] = max(max(above, below) + bias, floor)
         else:
-            out, upper, lower = h, start + i * pitch, start + i * pitch
-        row = y[image, channel, out + halo]
-        for w in range(y.shape[3] - 2 * halo):
-            for lane in range(n):
-                if pool:
-                    left, right = 2 * w * n + lane, (2 * w + 1) * n + lane
-                    value = max(
-                        max(scratch[upper + left], scratch[upper + right]),
-                        max(scratch[lower + left], scratch[lower + right]),
-                    )
-                else:
-                    value = scratch[upper + w * n + lane]
-                value += bias
-                row[w + halo, lane] = max(value, np.float32(0)) if relu else value
+            for w in range(count):
+                row[w + halo, 0] = max(scratch[lower + w] + bias, floor)
         if halo:
             row[0], row[-1] = 0, 0
-            if out == 0:
+            if out == 1:
                 y[image, channel, 0] = 0
-            if out == y.shape[2] - 3:
-                y[image, channel, out + 2] = 0
+            if out == out_rows - 2:
+                y[image, channel, out + 1] = 0
 
 
 @njit(boundscheck=False, cache=True)
@@ -315,7 +368,7 @@ def _sum_block(
 @njit(parallel=True, boundscheck=False, cache=True)
 def _convolve(
     v, s, x, y, halo, block_starts, segment_rows, segment_starts, offsets, values, bias, places, bands, rows, pitch,
-    height, width, relu, pool,
+    height, floor, pool,
 ):  # fmt: skip
     blocks, vectors = len(block_starts) - 1, len(places) // bands
     for task in prange(bands * blocks):
@@ -328,8 +381,8 @@ def _convolve(
         for i in range(min(BLOCK_ROWS, len(bias) - block * BLOCK_ROWS)):
             channel = block * BLOCK_ROWS + i
             _finish(
-                scratch, i * vectors * LANES, pitch, band * rows, rows, height, width, bias[channel], relu, pool, y,
-                channel, halo,
+                scratch, i * vectors * LANES, pitch, band * rows, rows, height, bias[channel], floor, pool, y, channel,
+                halo,
             )  # fmt: skip
 
 
@@ -337,8 +390,11 @@ def conv(x: Tensor, plan: Plan) -> Tensor:
     """Run a layer on activations in the kernels' layout: convolution (stride 1, same size), bias, ReLU, 2x2 max-pool.
 
     The result, with the halo of `plan`, lies in a workspace of this thread that the next call but one uses again.
+    Raises ValueError for activations of another number of channels.
     """
     groups, channels, height, width, n = x.shape
+    if channels != plan.shape[1]:
+        raise ValueError(f"activations of {channels} channels do not fit a layer of {plan.shape[1]} input channels")
     height, width = height - 2 * plan.halo, width - 2 * plan.halo
     halo, out = plan.halo_out, (height // 2, width // 2) if plan.pool else (height, width)
     name = "even" if x.data_ptr() == workspace("odd", (1,)).data_ptr() else "odd"
@@ -350,7 +406,7 @@ def conv(x: Tensor, plan: Plan) -> Tensor:
     _convolve(
         v, s, x.numpy().ravel(), y.numpy(), halo, plan.block_starts, plan.segment_rows, plan.segment_starts,
         plan.offsets(height, width, n), plan.values.ravel(), plan.bias, at.places, at.bands, at.rows, at.pitch, height,
-        width, plan.relu, plan.pool,
+        np.float32(0 if plan.relu else -np.inf), plan.pool,
     )  # fmt: skip
     return y
 
@@ -393,7 +449,7 @@ def _compile(length: int) -> None:
         _convolve.compile(
             (
                 *map(numba.typeof, _tile(length)), floats, types.float32[:, :, :, :, ::1], index, indices, indices,
-                indices, types.int32[::1], floats, floats, indices, index, index, index, index, index, flag, flag,
+                indices, types.int32[::1], floats, floats, indices, index, index, index, index, types.float32, flag,
             )
         )  # fmt: skip
     finally:

@@ -167,6 +167,7 @@ def pack(weight: Tensor) -> Format:
 
     Takes Conv2d ``[C_out, C_in, K_h, K_w]`` and Linear ``[out, in]`` weights of any float type.
     """
+    weight = weight.detach()
     options = _options(weight)
     make, *sizes = min(options, key=options.get)
     return make(weight, *sizes)
@@ -178,20 +179,22 @@ def pack(weight: Tensor) -> Format:
 def _options(weight: Tensor) -> dict[tuple, int]:
     """Bytes, without the row pointers, of every format that `pack` considers, by its constructor and sizes."""
     matrix = (gemm_view(weight) != 0).to(torch.uint8)
-    rows, columns = matrix.shape
-    value, index = weight.element_size(), _index_type(columns).itemsize
+    columns = matrix.shape[1]
+    value = weight.element_size()
     options = {}
     for size in SIZES:
         tiles = tile(matrix, size, size)
         survive = tiles.any(dim=1).bool()
-        blocks = int(survive.sum())
+        blocks, index = int(survive.sum()), _index_type(-(-columns // size)).itemsize
         options[Blocks.pack, size, size] = blocks * (size * size * value + index)
         for bank in (b for b in SIZES if b <= size):
             places = blocks * size * size // bank * _fullest(tiles[survive], bank)
             options[BalancedBlocks.pack, size, size, bank] = blocks * index + _balanced_bytes(places, value, bank)
+    index = _index_type(columns).itemsize
     for length in (*SIZES, 2, 1):
         vectors = int(tile(matrix, length, 1).any(dim=1).sum())
         options[ColumnVectors.pack, length] = vectors * (length * value + index)
+    index, rows = _index_type(1).itemsize, int(matrix.any(dim=1).sum())  # of blocks as long as a row
     for bank in (b for b in range(2, min(columns, LONGEST_BANK) + 1) if columns % b == 0):
         places = rows * columns // bank * _fullest(matrix, bank)
         options[BalancedBlocks.pack, 1, columns, bank] = rows * index + _balanced_bytes(places, value, bank)

@@ -89,8 +89,8 @@ class SparseSequential(nn.Sequential):
 def run(layers: list[nn.Module], x: Tensor) -> Tensor:
     """Run sparse layers one after the other on ``[N, C, H, W]`` or ``[N, features]``; same type and device.
 
-    Raises ValueError for input of another shape, and RuntimeError where a gradient is asked for or the device has no
-    kernels.
+    Raises ValueError for input of another shape or of whole numbers, and RuntimeError where a gradient is asked for or
+    the device has no kernels.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("sparse layers have no gradient: call them under torch.inference_mode()")
@@ -99,6 +99,8 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
         raise ValueError(f"input of shape {tuple(x.shape)} does not fit {first}")
     if not len(x):
         raise ValueError(f"input of shape {tuple(x.shape)} holds no images")
+    if not x.is_floating_point():
+        raise ValueError(f"input is {x.dtype}, sparse layers take floating-point numbers")
     backend = _backend(x.device)
     with torch.no_grad():
         y = backend.to_layout(x if x.dim() == 4 else x[:, :, None, None], first.halo)
@@ -108,8 +110,9 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
                 continue
             follower = layers[i + 1] if i + 1 < len(layers) else None
             halo_out = follower.halo if isinstance(follower, SparseLayer) else 0
-            if layer.pool and min(y.shape[2:4]) - 2 * layer.halo < 2:
-                raise ValueError(f"maps of {tuple(y.shape[2:4])} pixels are too small for the max-pool of {layer}")
+            height, width = (size - 2 * layer.halo for size in y.shape[2:4])
+            if layer.pool and min(height, width) < 2:
+                raise ValueError(f"maps of {height}x{width} pixels are too small for the max-pool of {layer}")
             y = backend.conv(y, layer.plan(backend, x.device, halo_out))
         y = backend.from_layout(y, len(x))
     flat = any(isinstance(layer, (nn.Flatten, SparseLinear)) for layer in layers)
@@ -129,7 +132,7 @@ def _backend(device: torch.device) -> ModuleType:
 
 
 def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dense: bool = False) -> nn.Module:
-    """A copy of a pruned network, in eval mode, whose pruned layers run in kernels that skip their zeros.
+    """A copy of a pruned network, for inference only, whose pruned layers run in kernels that skip their zeros.
 
     In every `nn.Sequential` batch norm is folded, and bias, ReLU and 2x2 max-pools are fused; layers in a row become a
     `SparseSequential`. Pruned convolutions elsewhere become `SparseConv2d`. What has no zeros, or no kernel (strides,
@@ -139,11 +142,11 @@ def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dens
     `device` moves the copy; by default it stays where the model is. Raises ValueError for a model in training mode, and
     RuntimeError where the device's kernels can't run.
     """
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode: call model.eval() first, batch norm is folded as it is then")
     if device is not None:
         _backend(torch.device(device))
-    model = _sparsified(copy.deepcopy(model), dense)
+    model = _sparsified(copy.deepcopy(model), dense).eval().requires_grad_(False)
     return model if device is None else model.to(device)
 
 
@@ -165,7 +168,10 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
 
 def _sparsified(module: nn.Module, dense: bool) -> nn.Module:
     if type(module) is nn.Sequential:
-        return _fused(_flattened(module), dense)
+        layers = _fused(_flattened(module), dense)
+        if not any(isinstance(layer, SparseSequential) for layer in layers):
+            return module
+        return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         return _sparse_layer(module) if _packable(module, dense) else module
     for name, child in module.named_children():
@@ -184,7 +190,7 @@ def _flattened(sequential: nn.Sequential) -> list[nn.Module]:
     return layers
 
 
-def _fused(layers: list[nn.Module], dense: bool) -> nn.Module:
+def _fused(layers: list[nn.Module], dense: bool) -> list[nn.Module]:
     """Fuse what follows into each packed layer, and packed layers in a row into a `SparseSequential`."""
     result, chain = [], []
     while layers:
@@ -195,14 +201,16 @@ def _fused(layers: list[nn.Module], dense: bool) -> nn.Module:
             layers = layers[relu:]
             pool = isinstance(layer, nn.Conv2d) and bool(layers) and _is_small_max_pool(layers[0])
             layers = layers[pool:]
+            if isinstance(layer, nn.Linear) and chain and isinstance(chain[-1], SparseConv2d):
+                result += _closed(chain)  # not one of its followers: without Flatten it sees the last dimension only
+                chain = []
             chain.append(_sparse_layer(layer, relu, pool))
         elif chain and isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             chain.append(layer)
         else:
             result += [*_closed(chain), _sparsified(layer, dense)]
             chain = []
-    result += _closed(chain)
-    return result[0] if len(result) == 1 else nn.Sequential(*result)
+    return result + _closed(chain)
 
 
 def _closed(chain: list[nn.Module]) -> list[nn.Module]:
@@ -228,6 +236,8 @@ def _has_zeros(module: nn.Module, dense: bool) -> bool:
 
 def _unsupported(module: nn.Conv2d | nn.Linear) -> str | None:
     """What keeps a layer from the kernels, if anything does."""
+    if type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        return f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.Linear):
         return None
     if module.kernel_size not in ((3, 3), (1, 1)):
@@ -241,9 +251,11 @@ def _unsupported(module: nn.Conv2d | nn.Linear) -> str | None:
 
 def _with_batch_norm(layer: nn.Module, rest: list[nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
     """Fold a batch norm that follows into the layer. Pruned weights stay zero: each output channel is only scaled."""
-    if rest and isinstance(layer, nn.Conv2d) and isinstance(rest[0], nn.BatchNorm2d):
+    if not rest or getattr(rest[0], "running_mean", None) is None:  # without statistics it would take the batch's own
+        return layer, rest
+    if isinstance(layer, nn.Conv2d) and isinstance(rest[0], nn.BatchNorm2d):
         return fusion.fuse_conv_bn_eval(layer, rest[0]), rest[1:]
-    if rest and isinstance(layer, nn.Linear) and isinstance(rest[0], nn.BatchNorm1d):
+    if isinstance(layer, nn.Linear) and isinstance(rest[0], nn.BatchNorm1d):
         return fusion.fuse_linear_bn_eval(layer, rest[0]), rest[1:]
     return layer, rest
 
