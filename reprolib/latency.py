@@ -167,7 +167,7 @@ def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Mo
 def _layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:
     """A convolution with bias and ReLU. Sparse kernels are timed on activations in their layout, as in a network."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False)
     images = [torch.randn(batch, c_in, size, size) for _ in range(INPUTS)]
     found = list(_dense_contenders(nn.Sequential(conv, nn.ReLU()).eval(), images, device))
     found.append(_sparse_layer_contender(conv, images, device))

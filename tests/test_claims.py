@@ -11,6 +11,7 @@ def accuracy_frame(values: dict, dataset="cifar10", dense=90.0) -> pd.DataFrame:
     rows = [
         {
             "dataset": dataset,
+            "width": 0.25,
             "pattern": pattern,
             "target_sparsity": target,
             "sparsity": target,
@@ -24,8 +25,8 @@ def accuracy_frame(values: dict, dataset="cifar10", dense=90.0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def deciding(frame: pd.DataFrame, claim: int, comparison: str = "") -> pd.Series:
-    decided = claims.decide(frame)
+def deciding(frame: pd.DataFrame, claim: int, comparison: str = "", latency: pd.DataFrame | None = None) -> pd.Series:
+    decided = claims.decide(frame, latency)
     rows = decided[(decided["claim"] == claim) & (decided["verdict"] != claims.ORIENTATION)]
     rows = rows[rows["comparison"].str.contains(comparison, regex=False)]
     assert len(rows) == 1
@@ -155,3 +156,97 @@ def test_seeds_needed_shrinks_the_interval_past_zero():
     frame = accuracy_frame({("hybrid", 0.9): [81.0, 82.0, 83.0], ("block", 0.9): [81.0, 81.0, 81.0]})
     # mean 1, SD 1: t(n - 1) / sqrt(n) < 1 first holds for n = 7 (2.447 / 2.646)
     assert claims.seeds_needed(frame)["seeds_needed"].to_list() == ["7"]
+
+
+# --- Claim 4: speed -------------------------------------------------------------------------------------------------
+
+ACCURACY = accuracy_frame({("hybrid", 0.9): [80.0, 80.0], ("block", 0.9): [79.0, 79.0]})
+
+
+def latency_frame(latencies: dict, width=0.25, device="cpu", scope="network") -> pd.DataFrame:
+    """{(pattern, batch, target): [latency_us per seed]} as a table of latencies."""
+    rows = [
+        {
+            "scope": scope,
+            "width": width,
+            "device": device,
+            "pattern": pattern,
+            "batch": batch,
+            "target_sparsity": target,
+            "seed": seed,
+            "latency_us": latency,
+        }
+        for (pattern, batch, target), values in latencies.items()
+        for seed, latency in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def speeds(block: list, hybrid: list, balanced: list, **where) -> pd.DataFrame:
+    triple = {"block": block, "hybrid": hybrid, "balanced": balanced}
+    return latency_frame({(pattern, 16, 0.9): values for pattern, values in triple.items()}, **where)
+
+
+@pytest.mark.parametrize(
+    ("block", "hybrid", "balanced", "verdict"),
+    [
+        ([100, 102], [150, 152], [200, 203], "supported"),
+        ([200, 203], [150, 152], [100, 102], "supported"),  # between, whichever end is the faster one
+        ([100, 102], [200, 203], [150, 152], "contradicted"),
+        ([100, 102], [50, 51], [150, 152], "contradicted"),
+        ([100, 100], [90, 110], [150, 152], "undecided"),
+    ],
+)
+def test_hybrid_is_between_or_not(block, hybrid, balanced, verdict):
+    assert deciding(ACCURACY, 4, latency=speeds(block, hybrid, balanced))["verdict"] == verdict
+
+
+def test_distance_to_the_nearer_end_in_percent_of_latency():
+    row = deciding(ACCURACY, 4, latency=speeds([100, 100], [100 * math.e**0.1] * 2, [100 * math.e**0.5] * 2))
+    assert (row["dataset"], row["unit"], row["seeds"]) == ("cpu", "% of latency", 2)
+    assert row["difference"] == pytest.approx(10.0)
+
+
+def test_speed_is_the_mean_over_batches_and_high_sparsities():
+    table = latency_frame(
+        {
+            ("block", 1, 0.9): [100, 100],
+            ("hybrid", 1, 0.9): [110, 110],
+            ("balanced", 1, 0.9): [200, 200],
+            ("block", 64, 0.9): [100, 100],
+            ("hybrid", 64, 0.9): [130, 130],
+            ("balanced", 64, 0.9): [200, 200],
+            ("block", 64, 0.5): [900, 900],  # below 90 %: decides nothing
+            ("hybrid", 64, 0.5): [100, 100],
+            ("balanced", 64, 0.5): [800, 800],
+        }
+    )
+    row = deciding(ACCURACY, 4, latency=table)
+    assert row["difference"] == pytest.approx(100 * (math.log(1.1) + math.log(1.3)) / 2)
+    assert "batches of 1, 64" in row["remark"]
+    shown = claims.decide(ACCURACY, table).set_index("comparison")
+    assert shown.loc["hybrid − block at batch 64", "difference"] == pytest.approx(100 * math.log(1.3))
+    assert shown.loc["hybrid − block at batch 64", "verdict"] == claims.ORIENTATION
+
+
+@pytest.mark.parametrize(
+    "latency",
+    [
+        None,
+        speeds([100, 100], [150, 150], [200, 200], width=1.0),  # another network
+        speeds([100, 100], [150, 150], [200, 200], scope="layer"),
+        latency_frame({("hybrid", 16, 0.9): [1, 2], ("block", 16, 0.9): [1, 2]}),
+    ],
+)
+def test_no_verdict_on_speed_without_latencies_of_all_three(latency):
+    row = deciding(ACCURACY, 4, latency=latency)
+    assert row["verdict"] == "no data" and "make bench" in row["remark"]
+
+
+def test_every_device_gets_its_verdict():
+    both = pd.concat(
+        [speeds([100, 101], [150, 151], [200, 202]), speeds([100, 101], [250, 251], [200, 202], device="cuda")]
+    )
+    decided = claims.decide(ACCURACY, both)
+    rows = decided[(decided["claim"] == 4) & (decided["verdict"] != claims.ORIENTATION)].set_index("dataset")
+    assert rows["verdict"].to_dict() == {"cpu": "supported", "cuda": "contradicted"}

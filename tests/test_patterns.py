@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reprolib.patterns import (
+    NM,
     Balanced,
     Block,
     Hybrid,
@@ -514,3 +515,27 @@ def test_sizes_of_a_pattern_from_a_notebook_are_checked_and_named():
     assert sizes(stripes(3)) == {"stripes_gap": 3}
     with pytest.raises(ValueError, match="Stripes: gap must be a whole number of at least 1, not 0"):
         stripes(0)
+
+
+# --- N:M ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_of_four_stay_whatever_the_target():
+    weight = torch.tensor([[4.0, -3.0, 2.0, 1.0, 0.5, 1.0, -2.0, 0.0]])
+    expected = torch.tensor([[True, True, False, False, False, True, True, False]])
+    for sparsity in (0.0, 0.5, 0.9):
+        assert torch.equal(NM(2, 4).mask(weight, sparsity), expected)
+
+
+def test_blocks_take_what_two_of_four_leave():
+    weight = torch.randn(64, 64, 3, 3)
+    for sparsity in (0.5, 0.75, 0.875):  # of 36 blocks 36, 18 and 9 stay
+        mask = (NM(2, 4) & Block(32, 32)).mask(weight, sparsity)
+        assert mask.float().mean() == 1 - sparsity
+        assert gemm_view(mask).reshape(-1, 4).sum(dim=1).unique().tolist() in ([0, 2], [2])
+
+
+@pytest.mark.parametrize("text", ["NM(5, 4)", "NM(0, 4)"])
+def test_n_of_m_must_be_possible(text):
+    with pytest.raises(ValueError, match="NM"):
+        parse(text)

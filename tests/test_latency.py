@@ -1,0 +1,94 @@
+"""What is measured and how rows are made of it; no test looks at a duration."""
+
+import itertools
+
+import pytest
+import torch
+
+from reprolib import latency, profiles
+from reprolib.patterns import parse
+
+
+@pytest.fixture(scope="module")
+def table():
+    """The quick profile's networks, one seed, one batch, two rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "ROUNDS", 2)
+        patch.setattr(latency, "SEEDS", 1)
+        patch.setattr(latency, "BATCHES", {"cpu": (2,)})
+        yield latency.benchmark(profiles.load("quick"), "cpu", survey=False)
+
+
+def test_distinct_masks_of_a_profile():
+    specs = latency.profile_specs(profiles.load("quick"))
+    methods = {method for method, _, _ in specs}
+    assert methods == {"unstructured", "block", "balanced", "vector", "hybrid"}, "controls share the masks of others"
+    assert len(specs) == len(set(specs)) == 5 * 2
+
+
+def test_one_row_per_implementation(table):
+    assert (table["kind"] == "measured").all() and (table["latency_us"] > 0).all()
+    assert not table.duplicated(["name", "batch", "seed", "spec", "target_sparsity", "implementation", "dtype"]).any()
+    dense = table[table["pattern"] == "dense"]
+    assert set(zip(dense["implementation"], dense["dtype"], strict=True)) == {
+        ("oneDNN, channels first", "fp32"),
+        ("oneDNN, channels last", "fp32"),
+        ("oneDNN, channels last", "bf16"),
+        (latency.SPARSE, "fp32"),
+    }
+    assert len(table) == len(dense) + 10
+
+
+def test_speedup_is_over_the_fastest_dense_of_the_same_type(table):
+    dense = table[table["implementation"].str.startswith("oneDNN") & (table["dtype"] == "fp32")]
+    assert dense["speedup"].max() == 1
+    best = dense["latency_us"].min()
+    assert (table["speedup"] * table["latency_us"]).tolist() == pytest.approx([best] * len(table))
+
+
+def test_achieved_sparsity_is_stored(table):
+    pruned = table[table["pattern"] != "dense"]
+    assert (pruned["sparsity"] - pruned["target_sparsity"]).abs().max() < 0.02
+    assert (table[table["pattern"] == "dense"]["sparsity"] == 0).all()
+
+
+def test_quartiles_enclose_the_median(table):
+    assert (table["latency_q1_us"] <= table["latency_us"]).all() and (
+        table["latency_us"] <= table["latency_q3_us"]
+    ).all()
+
+
+def test_contenders_of_a_layer_compute_the_same():
+    specs = tuple((label, spec, 0.5) for label, spec in latency.PATTERNS.items())
+    contenders = latency._layer_contenders(64, 32, 4, 2, "cpu", specs)
+    outputs = [contender.call() for contender in contenders]
+    first, last = outputs[:2]
+    assert [c.implementation for c in contenders[:4]].count(latency.SPARSE) == 1
+    torch.testing.assert_close(first, last, atol=1e-4, rtol=1e-4)
+    # The second call of the sparse layer at 0 % is that of the second input, as the second call of the dense one is.
+    dense, own = contenders[0].call(), latency.cpu.from_layout(contenders[3].call()[:, :, 1:-1, 1:-1], 2)
+    torch.testing.assert_close(dense, own, atol=1e-4, rtol=1e-4)
+
+
+def test_survey_covers_all_patterns_and_shapes():
+    contests = [name for name, _ in latency._contests(profiles.load("laptop"), "cpu", survey=True)]
+    assert {(c["scope"], c["width"]) for c in contests} == {("network", 0.25), ("network", 1.0), ("layer", 1.0)}
+    layers = {(c["name"], c["batch"]) for c in contests if c["scope"] == "layer"}
+    assert len(layers) == len(latency.LAYERS) * len(latency.BATCHES["cpu"])
+    for spec, sparsity in itertools.product(latency.PATTERNS.values(), latency.SPARSITIES):
+        achieved = 1 - parse(spec).mask(torch.randn(256, 256, 3, 3), sparsity).float().mean().item()
+        assert achieved == pytest.approx(sparsity, abs=0.01), f"{spec} can't express {sparsity}"
+
+
+def test_gpu_results_lie_below_the_name_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(latency.records, "hardware", lambda: "NVIDIA H100 80GB HBM3")
+    profile = profiles.load("quick")
+    assert latency.folder(profile, "cuda").name == "h100"
+    assert latency.folder(profile, "cpu").name == "quick"
+
+
+def test_cuda_without_a_gpu_says_what_is_missing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="CPU kernels"):
+        latency.benchmark(profiles.load("quick"), "cuda", survey=False)
