@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from reprolib import paths, pruning, records, sparse
 from reprolib.models import vgg16
-from reprolib.patterns import parse
+from reprolib.patterns import gemm_view, parse
 from reprolib.profiles import Profile
 from reprolib.sparse import cpu, cuda
 from reprolib.sparse.layers import SparseConv2d
@@ -47,6 +47,7 @@ PATTERNS = {
     "unstructured": "Unstructured()",
 }
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
+PEER_SPARSITY = 0.9  # at which PyTorch's BSR product is tuned and timed
 SURVEY_SEEDS = 3
 # C_in, C_out, H = W: the distinct pruned convolutions of VGG-16
 LAYERS = (
@@ -234,36 +235,43 @@ def _kernel_type(device: str) -> str:
 
 
 def _gemm_peers(conv: nn.Conv2d, images: list[Tensor], **about) -> Iterator[Contender]:
-    """PyTorch's own sparse products for the same masked weight: the product alone, and with the unfolding it needs."""
-    from torch.sparse import SparseSemiStructuredTensor, _triton_ops, _triton_ops_meta, to_sparse_semi_structured
+    """PyTorch's own sparse products for the same masked weight: the product alone, and with the unfolding it needs.
 
-    weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).half().cuda()
-    bias = conv.bias.detach().half().cuda()
+    Each has one sparsity: 2:4 its own, BSR the one of `PEER_SPARSITY`, for it is tuned for every shape first.
+    """
+    from torch.sparse import _triton_ops, _triton_ops_meta, to_sparse_semi_structured
 
-    def unfold(x: Tensor) -> Tensor:  # columns in (tap, channel) order, as in the weight's GEMM view
-        n, c, h, w = x.shape
-        return F.unfold(x, 3, padding=1).reshape(n, c, 9, h * w).transpose(1, 2).flatten(1, 2)
+    weight = gemm_view(conv.weight).half().cuda()
+    rows, columns = weight.shape
+    pixels = images[0].shape[0] * images[0].shape[2] * images[0].shape[3]
+    if about["pattern"] == "block" and about["target_sparsity"] == PEER_SPARSITY:
+        bsr, out = weight.to_sparse_bsr((32, 32)), weight.new_zeros(rows, pixels)
+        _triton_ops_meta.optimize_bsr_dense_addmm(rows, columns, pixels, 32, 32, beta=0, sparsity=PEER_SPARSITY)
 
-    def contenders(name: str, product: Callable[[Tensor], Tensor]) -> Iterator[Contender]:
-        inputs = [x.half().cuda() for x in images]
-        columns = [unfold(x).transpose(0, 1).flatten(1).contiguous() for x in inputs]
-        alone = _rotating(product, columns, "cuda")
-        yield Contender(f"{name}, product only", "fp16", alone, **about)
-        whole = _rotating(lambda x: product(unfold(x).transpose(0, 1).flatten(1).contiguous()), inputs, "cuda")
-        yield Contender(f"{name}, with unfold", "fp16", whole, **about)
+        def product(x: Tensor) -> Tensor:
+            return _triton_ops.bsr_dense_addmm(out, bsr, x, beta=0).relu_()
 
-    if about["pattern"] == "block":
-        bsr = weight.to_sparse_bsr((32, 32))
-        columns = images[0].shape[0] * images[0].shape[2] * images[0].shape[3]
-        out = weight.new_zeros(weight.shape[0], columns)
-        _triton_ops_meta.optimize_bsr_dense_addmm(
-            weight.shape[0], weight.shape[1], columns, 32, 32, sparsity=about["target_sparsity"]
-        )
-        yield from contenders("torch BSR", lambda x: _triton_ops.bsr_dense_addmm(out, bsr, x, beta=0).relu_())
-    if about["pattern"] == "two-four-block" and about["target_sparsity"] == 0.5:
-        SparseSemiStructuredTensor._FORCE_CUTLASS = False
-        two_four = to_sparse_semi_structured(weight)
-        yield from contenders("torch 2:4", lambda x: torch.addmm(bias[:, None], two_four, x).relu_())
+        name = "torch BSR"
+    elif about["pattern"] == "two-four-block" and about["target_sparsity"] == 0.5:
+        two_four = to_sparse_semi_structured(weight.contiguous())
+
+        def product(x: Tensor) -> Tensor:
+            return torch.mm(two_four, x).relu_()
+
+        name = "torch 2:4"
+    else:
+        return
+    inputs = [x.half().cuda() for x in images]
+    unfolded = [unfolded_columns(x) for x in inputs]
+    yield Contender(f"{name}, product only", "fp16", _rotating(product, unfolded, "cuda"), **about)
+    whole = _rotating(lambda x: product(unfolded_columns(x)), inputs, "cuda")
+    yield Contender(f"{name}, with unfold", "fp16", whole, **about)
+
+
+def unfolded_columns(x: Tensor) -> Tensor:
+    """What the GEMM view of a 3x3 weight multiplies: ``[N, C, H, W]`` as ``[9 C, N H W]``, rows by (tap, channel)."""
+    n, c, h, w = x.shape
+    return F.unfold(x, 3, padding=1).reshape(n, c, 9, h * w).permute(2, 1, 0, 3).reshape(9 * c, n * h * w)
 
 
 # --- How it is measured ---------------------------------------------------------------------------------------------

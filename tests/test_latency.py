@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from reprolib import latency, profiles
-from reprolib.patterns import parse
+from reprolib.patterns import gemm_view, parse
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,13 @@ def test_contenders_of_a_layer_compute_the_same():
     # The second call of the sparse layer at 0 % is that of the second input, as the second call of the dense one is.
     dense, own = contenders[0].call(), latency.cpu.from_layout(contenders[3].call()[:, :, 1:-1, 1:-1], 2)
     torch.testing.assert_close(dense, own, atol=1e-4, rtol=1e-4)
+
+
+def test_unfolding_fits_the_gemm_view():
+    x, weight = torch.randn(2, 3, 5, 4, dtype=torch.double), torch.randn(6, 3, 3, 3, dtype=torch.double)
+    product = gemm_view(weight) @ latency.unfolded_columns(x)
+    expected = F.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(product.reshape(6, 2, 5, 4).transpose(0, 1), expected)
 
 
 def test_survey_covers_all_patterns_and_shapes():
