@@ -136,6 +136,8 @@ def pruned(shape, *masks):
         (pruned((64, 64, 3, 3), (Block(4, 4), 0.75)), "Blocks(4, 4)"),
         (pruned((128, 64, 3, 3), (Vector(32), 0.9)), "ColumnVectors(32)"),
         (pruned((128, 64), (Vector(4), 0.9)), "ColumnVectors(4)"),
+        (pruned((128, 64), (Vector(2), 0.9)), "ColumnVectors(2)"),
+        (pruned((4, 1024), (Balanced(256), 127 / 128)), "BalancedBlocks(1, 1024, 256, 2)"),
         (pruned((20, 16, 3, 3), (Balanced(16), 0.75)), "BalancedBlocks(1, 144, 16, 4)"),
         (pruned((20, 96), (Balanced(24), 23 / 24)), "BalancedBlocks(1, 96, 24, 1)"),
         (pruned((128, 64, 3, 3), (Balanced(16), 0.75)), "BalancedBlocks(64, 64, 16, 4)"),  # all survive: fewer pointers

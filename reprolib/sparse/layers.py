@@ -71,7 +71,11 @@ class SparseConv2d(SparseLayer):
 
 
 class SparseLinear(SparseLayer):
-    """Linear layer: ``[N, in]`` to ``[N, out]``."""
+    """Linear layer: ``[.., in]`` to ``[.., out]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = super().forward(x.reshape(-1, x.shape[-1]))
+        return rows.reshape(*x.shape[:-1], len(self.bias))
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, relu: bool = False) -> SparseLinear:
