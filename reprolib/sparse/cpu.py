@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import threading
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -32,6 +31,8 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+
+from reprolib.sparse.compiling import announced
 
 LANES = 16  # float32 in a vector: one AVX-512 register, two of AVX2, four of NEON
 BLOCK_ROWS = 16  # output channels of a task
@@ -438,19 +439,14 @@ def _tile(length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 @cache
 def _compile(length: int) -> None:
     """Compile the kernel for vectors of `length` weights, or load it from Numba's cache; say so if it takes long."""
-    note = "compiling a CPU kernel: some seconds, once on this machine"
-    timer = threading.Timer(1.0, print, [note], {"file": sys.stderr})
-    timer.start()
     threads = torch.get_num_threads()
     numba.get_num_threads()  # starts Numba's threads, which resets the number that torch shares with it
     torch.set_num_threads(threads)
     floats, indices, index, flag = types.float32[::1], types.int64[::1], types.int64, types.boolean
-    try:
+    with announced("compiling a CPU kernel: some seconds, once on this machine"):
         _convolve.compile(
             (
                 *map(numba.typeof, _tile(length)), floats, types.float32[:, :, :, :, ::1], index, indices, indices,
                 indices, types.int32[::1], floats, floats, indices, index, index, index, index, types.float32, flag,
             )
         )  # fmt: skip
-    finally:
-        timer.cancel()
