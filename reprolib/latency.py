@@ -181,6 +181,8 @@ def _layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str,
         found.append(_sparse_layer_contender(pruned, images, device, **about))
         if device == "cuda":
             found += _gemm_peers(pruned, images, **about)
+            if pattern in ("balanced", "unstructured"):
+                found.append(_cuda_core_contender(pruned, images, **about))
     return found
 
 
@@ -228,6 +230,13 @@ def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, 
     plan = layer.plan(kernels, torch.device(device), 1)
     inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
     return Contender(SPARSE, _kernel_type(device), _rotating(lambda x: kernels.conv(x, plan), inputs, device), **about)
+
+
+def _cuda_core_contender(conv: nn.Conv2d, images: list[Tensor], **about) -> Contender:
+    """The kernel for single weights, which no tensor core can run: for comparison."""
+    plan = cuda.plan(conv.weight, conv.bias, relu=True, halo_out=1, device="cuda", variant="v1")
+    inputs = [cuda.to_layout(x.cuda(), 1) for x in images]
+    return Contender("sparse, CUDA cores", "fp16", _rotating(lambda x: cuda.conv(x, plan), inputs, "cuda"), **about)
 
 
 def _kernel_type(device: str) -> str:

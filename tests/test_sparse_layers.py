@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reprolib.models import vgg16, weights
-from reprolib.patterns import Balanced, Block, Unstructured
+from reprolib.patterns import NM, Balanced, Block, Unstructured
 from reprolib.pruning import apply_masks, make_masks, prunable
-from reprolib.sparse import SparseConv2d, SparseLinear, describe, sparsify
+from reprolib.sparse import SparseConv2d, SparseLinear, cuda, describe, layers, sparsify
 from reprolib.sparse.layers import SparseLayer, SparseSequential, run
 
 
@@ -594,3 +594,23 @@ def test_folding_keeps_pruned_weights_zero():
     (layer,) = sparsify(model)
     assert (layer.weight.unpack() == 0)[model[0].weight == 0].all()
     assert layer.sparsity >= 0.9
+
+
+def test_network_through_the_gpu_kernels_specification(monkeypatch):
+    """The chain that a GPU would run, layer by layer in NumPy on CPU tensors: plans, halos, pools, fp16."""
+    torch.manual_seed(0)
+    model = vgg16(10, 0.25)
+    named = prunable(model)
+    apply_masks(named, make_masks(named, NM(2, 4) & Block(8, 8), dict.fromkeys(named, 0.75)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # batch norm takes the statistics of one batch: activations of ordinary size
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        model(images.repeat(3, 1, 1, 1) + 0.1 * torch.randn(9, 3, 32, 32))
+        model.eval()
+        expected = model(images)
+        monkeypatch.setattr(layers, "_backend", lambda device: cuda)
+        logits = sparsify(model)(images)
+    assert float((logits - expected).norm() / expected.norm()) < 0.02
+    assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
