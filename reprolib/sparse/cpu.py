@@ -36,7 +36,9 @@ from reprolib.sparse.compiling import announced
 
 LANES = 16  # float32 in a vector: one AVX-512 register, two of AVX2, four of NEON
 BLOCK_ROWS = 16  # output channels of a task
-BAND_VECTORS = 64  # output vectors of a task, at most, for each output channel
+# Output vectors of a task, at most, for each output channel, by images interleaved: what 16 of them read stays in the
+# second-level cache; a single image is small, and more vectors waste fewer lanes at the ends of bands.
+BAND_VECTORS = {LANES: 16, 1: 64}
 SMALL_BATCH = 8  # below it, lanes are pixels instead of images
 
 # Vector length V: output vectors S per register tile, and input channels per chunk. V * S accumulators fill half of the
@@ -197,7 +199,7 @@ def _bands(groups: int, channels: int, height: int, width: int, halo: int, n: in
     sizes = [d for d in range(1, total + 1) if total % d == 0]
     if pool:
         sizes = [d for d in sizes if d % 2 == 0 and height % 2 == 0] or [d for d in sizes if d % height == 0]
-    fitting = [d for d in sizes if vectors(d) <= BAND_VECTORS]
+    fitting = [d for d in sizes if vectors(d) <= BAND_VECTORS[n]]
     rows = fitting[-1] if fitting else sizes[0]
 
     row = np.arange(groups * height).reshape(-1, rows)
