@@ -35,6 +35,13 @@ FILES = {
     "02": [],
     "03": ["figures/laptop/accuracy_vs_sparsity.svg", "figures/laptop/accuracy.md", "figures/laptop/accuracy.tex"],
     "04": ["figures/laptop/bank_block.svg", "figures/laptop/variations.svg"],
+    "05": [
+        "figures/laptop/roofline.svg",
+        "figures/laptop/latency_vs_sparsity.svg",
+        "figures/laptop/latency.md",
+        "figures/laptop/latency.tex",
+    ],
+    "06": ["figures/laptop/accuracy_vs_latency.svg"],
     "07": ["figures/laptop/claims.svg", "figures/laptop/claims.md", "results/laptop/claims.csv"],
 }
 
