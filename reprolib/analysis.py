@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from reprolib.latency import SPARSE
+from reprolib.latency import COPY_NUMBERS, PRODUCT_SIDE, SPARSE
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SPEEDS = ["latency_us", "latency_q1_us", "latency_q3_us", "speedup", "speedup_q1", "speedup_q3"]
@@ -47,6 +47,16 @@ def layers(latency: pd.DataFrame, batch: int | None = None) -> pd.DataFrame:
         intensity=1e3 * gflop / megabytes,
         gflop_per_s=1e6 * gflop / rows["latency_us"],
     )
+
+
+def ceilings(latency: pd.DataFrame) -> tuple[float, float] | None:
+    """GFLOP/s of a large matrix product and GB/s of a large copy, as measured beside the layers; None if not."""
+    rows = latency[latency["scope"] == "ceiling"].set_index("implementation")
+    if rows.empty:
+        return None
+    device, dtype = rows["device"].iloc[0], rows["dtype"].iloc[0]
+    flop, moved = 2 * PRODUCT_SIDE[device] ** 3, 2 * VALUE_BYTES[dtype] * COPY_NUMBERS[device]
+    return flop / rows.loc["matrix product", "latency_us"] / 1e3, moved / rows.loc["copy", "latency_us"] / 1e3
 
 
 def _fastest(rows: pd.DataFrame) -> pd.DataFrame:

@@ -63,6 +63,10 @@ LAYERS = (
 
 Specs = tuple[tuple[str, str, float], ...]  # pattern's name in tables, its text form, target sparsity
 
+# What bounds any layer: a product of square matrices, and a copy that no cache holds.
+PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+COPY_NUMBERS = {"cpu": 2**25, "cuda": 2**28}
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -83,9 +87,9 @@ class Contender:
 def benchmark(profile: Profile, device: str, survey: bool) -> pd.DataFrame:
     """Latencies of the profile's networks, with `survey` also of full-width VGG-16 and of its layers.
 
-    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer), name, width, batch,
-    device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers), implementation, seed, rounds,
-    latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest dense one of the same name,
+    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
+    the layers), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
+    implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest dense one of the same name,
     batch, seed and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind (measured), commit, hardware,
     threads, torch.
 
@@ -127,6 +131,8 @@ def _contests(profile: Profile, device: str, survey: bool) -> Iterator[tuple[dic
         name = {"scope": "layer", "name": f"{c_in}→{c_out}, {size}×{size}", "width": 1.0, "batch": batch, "seed": 0}
         shape = (c_in, c_out, size, batch)
         yield name | {"device": device}, lambda shape=shape: _layer_contenders(*shape, device, specs)
+    name = {"scope": "ceiling", "name": "arithmetic and memory", "width": 1.0, "batch": 1, "seed": 0, "device": device}
+    yield name, lambda: _ceilings(device)
 
 
 def profile_specs(profile: Profile) -> Specs:
@@ -184,6 +190,18 @@ def _layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str,
             if pattern in ("balanced", "unstructured"):
                 found.append(_cuda_core_contender(pruned, images, **about))
     return found
+
+
+def _ceilings(device: str) -> list[Contender]:
+    """A matrix product of 2 * side ** 3 FLOPs, and a copy that reads and writes its numbers once."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    matrix = torch.randn(PRODUCT_SIDE[device], PRODUCT_SIDE[device]).to(device, dtype)
+    source = torch.zeros(COPY_NUMBERS[device], dtype=dtype, device=device).normal_()
+    target = torch.empty_like(source)
+    return [
+        Contender("matrix product", _kernel_type(device), _rotating(lambda x: x @ x, [matrix], device)),
+        Contender("copy", _kernel_type(device), _rotating(target.copy_, [source], device)),
+    ]
 
 
 def _folded(model: nn.Sequential) -> nn.Sequential:

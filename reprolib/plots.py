@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,6 @@ from matplotlib.colors import ListedColormap, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import Bbox
 from pandas.io.formats.style import Styler
 
 from reprolib.patterns import Hybrid, gemm_view
@@ -305,7 +303,6 @@ def _sparsity_text(rows: pd.DataFrame) -> str:
 
 DENSE = "#333333"
 DENSE_FILLS = ("#333333", "white", "#BBBBBB")  # the best dense path, our kernels, the other type
-PLACES = ((-1, 1), (0, 1), (1, 1), (1, -1), (0, -1), (-1, -1), (1, 0), (-1, 0))  # around a point, for texts
 NO_NETWORKS = "no networks of this width and these patterns were timed: make bench does that"
 EMPTY, HALO, READ, WRITTEN = "#e6e3dc", "#f6f5f2", "#56B4E9", "#D55E00"  # cells of small pictures
 TAPS = {"left tap": "#56B4E9", "middle tap": "#F0E442", "right tap": "#E69F00"}
@@ -441,9 +438,8 @@ def roofline(layers: pd.DataFrame, sparsity: float, ceilings: tuple[float, float
         axis.plot(x, np.minimum(flops, bytes_ * x), color="#777777", linewidth=1.5, zorder=1)
         axis.set_xlim(left, right)
         note = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
-        knee = min(max(flops / bytes_, left), right)
-        axis.annotate(f"matrix product, measured here, now: {flops:.0f} GFLOP/s", (knee, flops), (0, 5), **note)
-        axis.annotate(f"copy, measured here, now: {bytes_:.0f} GB/s", (left, bytes_ * left), (12, -4), va="top", **note)
+        axis.annotate(f"matrix product: {flops:.0f} GFLOP/s", (right, flops), (-4, 5), ha="right", **note)
+        axis.annotate(f"copy: {bytes_:.0f} GB/s", (left, bytes_ * left), (12, -4), va="top", **note)
     _log_ticks(axis.xaxis)
     _log_ticks(axis.yaxis)
     axis.set(
@@ -453,8 +449,6 @@ def roofline(layers: pd.DataFrame, sparsity: float, ceilings: tuple[float, float
         f"dense and {100 * sparsity:g} % sparse\n{_machine(layers)}",
     )
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.margins(0.08)
-    _label_apart(axis, dense["intensity"], dense["gflop_per_s"], dense["name"], [DENSE] * len(dense))
     return figure
 
 
@@ -573,7 +567,7 @@ def accuracy_vs_latency(points: pd.DataFrame, front: Callable[[pd.DataFrame], pd
     """Accuracy of trained networks over their measured latency (see `analysis.accuracy_and_latency`).
 
     A row per data set, a panel per batch. Points are means, the bars standard deviations over seeds; the steps join
-    what `front` returns of a panel's points, and texts name the sparsity of those.
+    what `front` returns of a panel's points.
     """
     if points.empty:
         return _nothing(NO_NETWORKS)
@@ -604,13 +598,12 @@ def accuracy_vs_latency(points: pd.DataFrame, front: Callable[[pd.DataFrame], pd
         axis.set_xlim(right=right)
         _log_ticks(axis.xaxis)
         axis.set(title=f"{DATASETS.get(dataset, dataset)}, batch {batch}", xlabel="latency of a batch (ms), measured")
-        best = best[best["pattern"] != "dense"]
-        texts = [f"{100 * sparsity:g} %" for sparsity in best["target_sparsity"]]
-        colors = [style(method)[0] for method in best["pattern"]]
-        _label_apart(axis, best["latency_ms"], best["accuracy_pct"], texts, colors)
     for row in axes:
         row[0].set_ylabel("test accuracy (%)")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    targets = sorted(set(points.loc[points["pattern"] != "dense", "target_sparsity"]), reverse=True)
+    tested = ", ".join(f"{100 * target:g}" for target in targets)
+    figure.supxlabel(f"points of a line from bottom to top: {tested} % sparse, where tested", fontsize="medium")
     figure.suptitle(f"{points['name'].iloc[0]}, {_machine(points)}", fontsize="medium")
     return figure
 
@@ -672,46 +665,6 @@ def _log_ticks(axis: matplotlib.axis.Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
-
-
-def _label_apart(axis: plt.Axes, xs, ys, texts, colors) -> None:
-    """Write a text beside each point, where it covers neither a point nor another text, if there is such a place."""
-    axis.figure.draw_without_rendering()
-    points = [line.get_transform().transform(line.get_xydata()) for line in axis.lines if line.get_marker() != "None"]
-    boxes = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in np.concatenate(points)]
-    boxes += [text.get_window_extent() for text in axis.texts]
-    room = axis.get_window_extent()
-    for x, y, text, color in zip(xs, ys, texts, colors, strict=True):
-        best, fewest = None, math.inf
-        for distance, place in itertools.product((8, 14, 22, 32, 44), PLACES):
-            label = _label_at(axis, (x, y), text, place, distance, color)
-            box = label.get_window_extent()
-            covered = sum(box.overlaps(other) for other in boxes)
-            covered += not (room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1)
-            if covered >= fewest:
-                label.remove()
-                continue
-            if best:
-                best.remove()
-            best, fewest, taken = label, covered, box
-            if not covered:
-                break
-        boxes.append(taken)
-
-
-def _label_at(axis: plt.Axes, point, text: str, place: tuple[int, int], distance: int, color: str) -> plt.Annotation:
-    right, up = place
-    return axis.annotate(
-        text,
-        point,
-        (right * distance, up * distance),
-        textcoords="offset points",
-        ha={-1: "right", 0: "center", 1: "left"}[right],
-        va={-1: "top", 0: "center", 1: "bottom"}[up],
-        fontsize="x-small",
-        color=color,
-        arrowprops={"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.6, "shrinkB": 3} if distance > 8 else None,
-    )
 
 
 # --- Claims ---------------------------------------------------------------------------------------------------------

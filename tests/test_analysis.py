@@ -94,3 +94,10 @@ def test_ties_on_the_front():
     assert front((1, 80), (1, 85)) == [(1, 85)], "equally fast: the more accurate"
     assert front((1, 80), (2, 80)) == [(1, 80)], "equally accurate: the faster"
     assert front((1, 80), (1, 80), (2, 70)) == [(1, 80), (1, 80)], "equal in both: both"
+
+
+def test_ceilings_from_their_times():
+    rows = [measured("matrix product", 2 * 2048**3 / 1e5, scope="ceiling")]  # at 100 GFLOP/s
+    rows += [measured("copy", 2 * 4 * 2**25 / 2e4, scope="ceiling"), measured()]  # 268 MB at 20 GB/s
+    assert analysis.ceilings(pd.DataFrame(rows)) == pytest.approx((100, 20))
+    assert analysis.ceilings(pd.DataFrame([measured()])) is None
