@@ -532,7 +532,7 @@ def latency_table(networks: pd.DataFrame) -> pd.DataFrame:
 def duration(microseconds: float) -> str:
     """Three digits and a unit: 45.6 µs, 1.23 ms, 789 ms."""
     value, unit = (microseconds, "µs") if microseconds < 999.5 else (microseconds / 1e3, "ms")
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+    return f"{value:#.3g}".rstrip(".") + f" {unit}"
 
 
 def layer_heatmap(layers: pd.DataFrame, sparsity: float) -> Figure:

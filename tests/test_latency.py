@@ -80,7 +80,12 @@ def test_unfolding_fits_the_gemm_view():
 
 def test_survey_covers_all_patterns_and_shapes():
     contests = [name for name, _ in latency._contests(profiles.load("laptop"), "cpu", survey=True)]
-    assert {(c["scope"], c["width"]) for c in contests} == {("network", 0.25), ("network", 1.0), ("layer", 1.0)}
+    assert {(c["scope"], c["width"]) for c in contests} == {
+        ("network", 0.25),
+        ("network", 1.0),
+        ("layer", 1.0),
+        ("ceiling", 1.0),
+    }
     layers = {(c["name"], c["batch"]) for c in contests if c["scope"] == "layer"}
     assert len(layers) == len(latency.LAYERS) * len(latency.BATCHES["cpu"])
     for spec, sparsity in itertools.product(latency.PATTERNS.values(), latency.SPARSITIES):
