@@ -474,8 +474,8 @@ def latency_vs_sparsity(networks: pd.DataFrame) -> Figure:
             _method_line(axis, method, (1 - points["target_sparsity"]) / nudge, points["speedup"], yerr=[low, high])
         _sparsity_axis(axis, sorted(pruned["target_sparsity"].unique()))
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         axis.set(title=f"batch {batch}", xlabel="")
+    _speedup_ticks(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("speedup over the best dense path (measured)")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("sparsity of the pruned layers (%), log scale of density", fontsize="medium")
@@ -627,9 +627,9 @@ def theoretical_vs_measured(points: pd.DataFrame) -> Figure:
         for (text, row), fill in zip(_dense_ways(rows).items(), DENSE_FILLS, strict=False):
             axis.plot(row["theoretical_speedup"], row["speedup"], **_star(fill), label=text)
         axis.axline((1, 1), (2, 2), color="#777777", linewidth=1, zorder=1, label="as FLOPs promise")
-        for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        _speedup_ticks(axis.xaxis)
         axis.set(title=f"batch {batch}", xlabel="speedup from FLOPs (computed)")
+    _speedup_ticks(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("speedup (measured)")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{points['name'].iloc[0]}, {_machine(points)}", fontsize="medium")
@@ -658,6 +658,14 @@ def _nothing(text: str) -> Figure:
 def _machine(rows: pd.DataFrame) -> str:
     hardware, device, threads = rows[["hardware", "device", "threads"]].iloc[0]
     return f"{hardware}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else hardware
+
+
+def _speedup_ticks(axis: matplotlib.axis.Axis) -> None:
+    """Powers of two, with an ×; where fewer than two octaves are in view, quarters of them between."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(base=2, subs=(1,) if high > 4 * low else (1, 1.25, 1.5, 1.75)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _log_ticks(axis: matplotlib.axis.Axis) -> None:
