@@ -433,13 +433,13 @@ def roofline(layers: pd.DataFrame, sparsity: float, ceilings: tuple[float, float
         )
     if ceilings:
         flops, bytes_ = ceilings
-        left, right = axis.get_xlim()
-        x = np.geomspace(left, right, 200)
-        axis.plot(x, np.minimum(flops, bytes_ * x), color="#777777", linewidth=1.5, zorder=1)
+        knee, right = flops / bytes_, axis.get_xlim()[1]
+        left = min(axis.get_xlim()[0], knee / 3)
+        axis.plot([left, knee, right], [bytes_ * left, flops, flops], color="#777777", linewidth=1.5, zorder=1)
         axis.set_xlim(left, right)
         note = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
-        axis.annotate(f"matrix product: {flops:.0f} GFLOP/s", (right, flops), (-4, 5), ha="right", **note)
-        axis.annotate(f"copy: {bytes_:.0f} GB/s", (left, bytes_ * left), (12, -4), va="top", **note)
+        axis.annotate(f"matrix product: {flops:.0f} GFLOP/s", (knee, flops), (0, 5), **note)
+        axis.annotate(f"copy: {bytes_:.0f} GB/s", (left, bytes_ * left), (16, 0), **note)
     _log_ticks(axis.xaxis)
     _log_ticks(axis.yaxis)
     axis.set(

@@ -2,18 +2,31 @@
 
 import re
 
-from reprolib import claims, paths, plots, records
+from reprolib import analysis, claims, paths, plots, records
 
 README = (paths.ROOT / "README.md").read_text()
 
 
+LAPTOP = paths.ROOT / "results" / "laptop"
+
+
 def test_table_of_claims_holds_the_committed_verdicts():
-    decided = claims.decide(records.read_csv(paths.ROOT / "results" / "laptop" / "accuracy.csv"))
+    accuracy, latency = (records.read_csv(LAPTOP / name) for name in ("accuracy.csv", "latency.csv"))
+    decided = claims.decide(accuracy, latency)
     table = plots.claims_table(decided, claims.CLAIMS)
     for claim, row in table.iterrows():
         numbers = row["difference, 95 % interval"].split(" points")[0]
         line = f"| {claim} | {row['comparison']} | {numbers} | **{row['verdict']}** |"
         assert line in README, line
+
+
+def test_table_of_speeds_holds_the_committed_latencies():
+    table = plots.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
+    lines = [line for line in README.splitlines() if line.startswith("| batch ")]
+    assert len(lines) >= 10
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        assert cells == table.loc[name].to_list(), name
 
 
 def test_files_that_the_readme_names_exist():
