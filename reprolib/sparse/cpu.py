@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import threading
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -28,11 +29,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic
 from torch import Tensor
-
-from reprolib.sparse.compiling import announced
 
 LANES = 16  # float32 in a vector: one AVX-512 register, two of AVX2, four of NEON
 BLOCK_ROWS = 16  # output channels of a task
@@ -438,14 +437,28 @@ def _tile(length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (0,) * length, (0,) * TILE_VECTORS[length]
 
 
+class _Note(event.Listener):
+    """Says so when Numba begins to compile; what comes from its cache stays silent."""
+
+    told = False
+
+    def on_start(self, _event):
+        if not self.told:
+            print("compiling a CPU kernel: some seconds, once on this machine", file=sys.stderr)
+        self.told = True
+
+    def on_end(self, _event):
+        pass
+
+
 @cache
 def _compile(length: int) -> None:
-    """Compile the kernel for vectors of `length` weights, or load it from Numba's cache; say so if it takes long."""
+    """Compile the kernel for vectors of `length` weights, or load it from Numba's cache."""
     threads = torch.get_num_threads()
     numba.get_num_threads()  # starts Numba's threads, which resets the number that torch shares with it
     torch.set_num_threads(threads)
     floats, indices, index, flag = types.float32[::1], types.int64[::1], types.int64, types.boolean
-    with announced("compiling a CPU kernel: some seconds, once on this machine"):
+    with event.install_listener("numba:compile", _Note()):
         _convolve.compile(
             (
                 *map(numba.typeof, _tile(length)), floats, types.float32[:, :, :, :, ::1], index, indices, indices,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reprolib.sparse import cuda_plan
-from reprolib.sparse.compiling import announced
 from reprolib.sparse.cuda_plan import CHUNK, IMAGES, Packed
 
 # What a weight costs in each kernel, relative to one in a kept column of 32. Estimates from the instructions that a
@@ -273,8 +273,8 @@ def _compiled(name: str, sizes: tuple, threads: int, device: int):
     from reprolib.sparse.cuda_kernels import KERNELS
 
     make, signature = KERNELS[name]
-    with announced("compiling a CUDA kernel: about two seconds, for each layer size of this process"):
-        return cuda.jit(void(*signature), launch_bounds=threads)(make(*sizes))
+    print("compiling a CUDA kernel: about two seconds, once for each layer size", file=sys.stderr)
+    return cuda.jit(void(*signature), launch_bounds=threads)(make(*sizes))
 
 
 @functools.cache
