@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,7 @@ LAYERS = (
 )
 
 Specs = tuple[tuple[str, str, float], ...]  # pattern's name in tables, its text form, target sparsity
+SURVEY: Specs = tuple((name, spec, sparsity) for name, spec in PATTERNS.items() for sparsity in SPARSITIES)
 
 # What bounds any layer: a product of square matrices, and a copy that no cache holds.
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -116,23 +117,26 @@ def _contests(profile: Profile, device: str, survey: bool) -> Iterator[tuple[dic
 
     def network(width: float, seed: int, batch: int, specs: Specs):
         name = {"scope": "network", "name": f"VGG-16 ×{width:g}", "width": width, "batch": batch, "seed": seed}
-        return name | {"device": device}, lambda: _network_contenders(width, seed, batch, device, specs)
+        return name | {"device": device}, partial(_network_contenders, width, seed, batch, device, specs)
 
     own = profile_specs(profile)
+    if survey and profile.width == 1:  # one network, one list: what the profile times already is not timed again
+        timed = {(pattern, sparsity) for pattern, _, sparsity in own}
+        own += tuple(
+            (pattern, spec, sparsity) for pattern, spec, sparsity in SURVEY if (pattern, sparsity) not in timed
+        )
     for seed, batch in itertools.product(range(SEEDS), BATCHES[device]):
         yield network(profile.width, seed, batch, own)
     if not survey:
         return
-    specs = tuple((label, spec, sparsity) for label, spec in PATTERNS.items() for sparsity in SPARSITIES)
     if profile.width != 1:
         for seed, batch in itertools.product(range(SURVEY_SEEDS), BATCHES[device]):
-            yield network(1.0, seed, batch, specs)
+            yield network(1.0, seed, batch, SURVEY)
     for (c_in, c_out, size), batch in itertools.product(LAYERS, BATCHES[device]):
         name = {"scope": "layer", "name": f"{c_in}→{c_out}, {size}×{size}", "width": 1.0, "batch": batch, "seed": 0}
-        shape = (c_in, c_out, size, batch)
-        yield name | {"device": device}, lambda shape=shape: _layer_contenders(*shape, device, specs)
+        yield name | {"device": device}, partial(_layer_contenders, c_in, c_out, size, batch, device, SURVEY)
     name = {"scope": "ceiling", "name": "arithmetic and memory", "width": 1.0, "batch": 1, "seed": 0, "device": device}
-    yield name, lambda: _ceilings(device)
+    yield name, partial(_ceilings, device)
 
 
 def profile_specs(profile: Profile) -> Specs:

@@ -204,6 +204,11 @@ def mean_sd(values: pd.Series) -> str:
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
+def label(method: str) -> str:
+    """A method's name as legends show it."""
+    return method.replace("two-four", "2:4").replace("-", " ")
+
+
 def style(method: str) -> tuple:
     """Colour and marker of a method; methods of your own get spare ones, the same in every figure."""
     return STYLE.get(method, (SPARE_COLORS[sum(method.encode()) % len(SPARE_COLORS)], "h"))
@@ -429,7 +434,7 @@ def roofline(layers: pd.DataFrame, sparsity: float, ceilings: tuple[float, float
             color=color,
             markersize=7.5,
             markeredgecolor="white",
-            label=method.replace("-", " "),
+            label=label(method),
         )
     if ceilings:
         flops, bytes_ = ceilings
@@ -496,7 +501,7 @@ def _method_line(axis: plt.Axes, method: str, x, y, **bars) -> None:
         linestyle="--" if method.startswith("random") else "-",
         capsize=2,
         zorder=3 if method == "hybrid" else 2,
-        label=method.replace("-", " "),
+        label=label(method),
         **bars,
     )
 
@@ -540,7 +545,7 @@ def layer_heatmap(layers: pd.DataFrame, sparsity: float) -> Figure:
     rows = layers[layers["ours"] & layers["target_sparsity"].isin([0.0, sparsity])]
     grid = rows.pivot_table(index="name", columns="pattern", values="speedup", sort=False)
     grid = grid[[name for name in ["dense", *_ordered(grid.columns)] if name in grid]]
-    grid = grid.rename(columns=lambda name: "no zeros" if name == "dense" else name.replace("-block", "\nblock"))
+    grid = grid.rename(columns=lambda name: "no zeros" if name == "dense" else label(name).replace(" ", "\n"))
     bound = np.abs(np.log2(grid.to_numpy())).max()
     figure, axis = plt.subplots(figsize=(1.05 * grid.shape[1] + 3, 0.45 * len(grid) + 1.7), layout="constrained")
     sns.heatmap(

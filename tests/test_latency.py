@@ -93,6 +93,15 @@ def test_survey_covers_all_patterns_and_shapes():
         assert achieved == pytest.approx(sparsity, abs=0.01), f"{spec} can't express {sparsity}"
 
 
+def test_survey_joins_the_networks_of_a_full_width_profile():
+    contests = latency._contests(profiles.load("paper"), "cpu", survey=True)
+    specs = next(prepare.args[-1] for _, prepare in contests)
+    timed = [(pattern, sparsity) for pattern, _, sparsity in specs]
+    assert len(timed) == len(set(timed)), "one name and sparsity, one mask"
+    assert {("two-four-block", 0.9), ("hybrid", 0.75), ("block", 0.98)} <= set(timed)
+    assert ("balanced", "Balanced(96)", 0.9) in specs and ("balanced", "Balanced(64)", 0.75) in specs
+
+
 def test_gpu_results_lie_below_the_name_of_the_gpu(monkeypatch):
     monkeypatch.setattr(latency.records, "hardware", lambda: "NVIDIA H100 80GB HBM3")
     profile = profiles.load("quick")

@@ -229,6 +229,18 @@ def test_front_is_drawn_as_steps(networks):
     assert steps.get_xdata()[:-1].tolist() == pytest.approx((best["latency_us"] / 1e3).tolist())
 
 
+def test_roof_bends_where_memory_meets_arithmetic():
+    row = {"batch": 64, "device": "cpu", "hardware": "a CPU", "threads": 2, "dtype": "fp32", "gflop_per_s": 90.0}
+    dense = row | {"ours": False, "pattern": "dense", "target_sparsity": 0.0, "intensity": 100.0}
+    pruned = row | {"ours": True, "pattern": "two-four-block", "target_sparsity": 0.9, "intensity": 20.0}
+    other = pruned | {"target_sparsity": 0.5}
+    axis = plots.roofline(pd.DataFrame([dense, pruned, other]), 0.9, ceilings=(400.0, 40.0)).axes[0]
+    (roof,) = [line for line in axis.lines if len(line.get_xdata()) == 3]
+    assert roof.get_xydata()[1].tolist() == [10.0, 400.0]
+    points = {line.get_label(): line.get_xdata().tolist() for line in axis.lines if len(line.get_xdata()) == 1}
+    assert points == {"dense": [100.0], "2:4 block": [20.0]}
+
+
 def test_missing_latencies_are_said_not_drawn(networks):
     for figure in (
         plots.roofline(pd.DataFrame(), 0.9),
