@@ -152,23 +152,31 @@ def _download(source, root: Path) -> None:
 
 def normalised(images: Tensor, dataset: Dataset) -> Tensor:
     """uint8 ``[B, 32, 32, 3]`` to float32 ``[B, 3, 32, 32]`` in channels-last layout, zero mean and unit variance."""
-    scale = torch.tensor(dataset.std, device=images.device) * 255
-    shift = torch.tensor(dataset.mean, device=images.device) * 255
+    shift, scale = _shift_and_scale(dataset.mean, dataset.std, images.device)
     return ((images - shift) / scale).permute(0, 3, 1, 2)
 
 
-def augmented(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `dataset.pad` pixels (zeros come in) and mirror half of them, each on its own.
+@cache
+def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`mean` and `std` in units of a uint8, on the device once and for all: a captured step can't fetch them."""
+    return torch.tensor(mean, device=device) * 255, torch.tensor(std, device=device) * 255
 
-    uint8 ``[B, 32, 32, 3]`` in and out. The random numbers are drawn on the CPU, so that a seed means the same on
-    every device.
+
+def draw_augmentations(count: int, dataset: Dataset, generator: torch.Generator) -> Tensor:
+    """Random numbers for `augmented`, int64 ``[count, 3]``: shift down, shift right, whether to mirror."""
+    shifts = torch.randint(0, 2 * dataset.pad + 1, (count, 2), generator=generator)
+    mirrored = torch.randint(0, 2, (count, 1), generator=generator)
+    return torch.cat([shifts, mirrored], dim=1)
+
+
+def augmented(images: Tensor, draws: Tensor, dataset: Dataset) -> Tensor:
+    """Shift each image by up to `dataset.pad` pixels (zeros come in) and mirror it, each by its own `draws`.
+
+    uint8 ``[B, 32, 32, 3]`` in and out; `draws` as `draw_augmentations` makes them, on the device of the images.
     """
-    count, size = len(images), images.shape[1]
-    pad, device = dataset.pad, images.device
-    shifts = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator).to(device)
-    mirrored = torch.randint(0, 2, (count,), generator=generator).to(device).bool()
-    line = torch.arange(size, device=device)
-    rows = shifts[:, :1] + line
-    cols = shifts[:, 1:] + (torch.where(mirrored[:, None], line.flip(0), line) if dataset.flip else line)
+    pad, line = dataset.pad, torch.arange(images.shape[1], device=images.device)
+    rows = draws[:, 0:1] + line
+    cols = draws[:, 1:2] + (torch.where(draws[:, 2:3].bool(), line.flip(0), line) if dataset.flip else line)
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    return padded[torch.arange(count, device=device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+    each = torch.arange(len(images), device=images.device)
+    return padded[each[:, None, None], rows[:, :, None], cols[:, None, :]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from reprolib import data, pruning, records, training
@@ -130,25 +131,27 @@ def _non_default(value):
 # --- Running --------------------------------------------------------------------------------------------------------
 
 
-def run(experiment: Dense | Pruned, folder: Path) -> dict:
+def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) -> dict:
     """The experiment's record, from `folder` if it is there, else computed and written there.
 
-    The folder of a run holds ``record.json`` and the network's ``weights.safetensors``. Two processes that ask for
-    the same experiment compute it once: the second waits. Raises ValueError for what can't be computed as asked, and
-    OSError where the folder can't be written.
+    The folder of a run holds ``record.json`` and the network's ``weights.safetensors``; while it trains, and when it
+    was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask for the same experiment
+    compute it once: the second waits. Raises training.OutOfTime when `time.time()` passes `deadline`, ValueError for
+    what can't be computed as asked, and OSError where the folder can't be written.
     """
     path = folder / experiment.run_id / "record.json"
     if path.exists():
         return records.read(path)
     if isinstance(experiment, Pruned):
-        run(experiment.dense, folder)
+        run(experiment.dense, folder, deadline)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         if path.exists():
             return records.read(path)
-        started = time.perf_counter()
+        checkpoint = path.parent / "checkpoint.safetensors"
+        started = time.perf_counter() - training.wall_time_s(checkpoint)
         compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
-        row, curve, model = compute(experiment, folder)
+        row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
         _save(model, path.parent / "weights.safetensors")
         record = {
             "experiment": dataclasses.asdict(experiment),
@@ -158,6 +161,7 @@ def run(experiment: Dense | Pruned, folder: Path) -> dict:
         }
         record["row"] |= {key: record["provenance"][key] for key in ("commit", "hardware", "threads", "wall_time_s")}
         records.write(path, record)
+        checkpoint.unlink(missing_ok=True)
         return records.read(path)
 
 
@@ -181,15 +185,14 @@ def _new_model(dense: Dense) -> nn.Module:
 
 
 def _save(model: nn.Module, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
-    partial.replace(path)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    records.write_atomically(path, save(tensors))
 
 
-def _run_dense(dense: Dense, folder: Path):
+def _run_dense(dense: Dense, folder: Path, **limits):
     dataset = data.load(dense.dataset).to(training.device())
     model = _new_model(dense)
-    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label)
+    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
     accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
     row = _dense_columns(dense) | {
         "sparsity": 0.0,
@@ -204,7 +207,7 @@ def _run_dense(dense: Dense, folder: Path):
     return row, curve, model
 
 
-def _run_pruned(experiment: Pruned, folder: Path):
+def _run_pruned(experiment: Pruned, folder: Path, **limits):
     dense, pattern = experiment.dense, parse(experiment.pattern)
     dataset = data.load(dense.dataset).to(training.device())
     model = load_model(dense, folder)
@@ -217,14 +220,11 @@ def _run_pruned(experiment: Pruned, folder: Path):
         sparsities = dict(zip(weights, due, strict=True))
         return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed)
 
-    def prune(progress: float) -> dict[str, Tensor]:
-        due = tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values())
-        pruning.apply_masks(weights, masks(due))
-        return masks(due)
+    def masks_at(progress: float) -> dict[str, Tensor]:
+        return masks(tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values()))
 
-    def penalty(progress: float) -> Tensor | float:
-        pruning_still = progress < pruning.PRUNING_PHASE
-        return experiment.group_lasso * pruning.group_lasso(weights, pattern) if pruning_still else 0.0
+    def penalty() -> Tensor:
+        return experiment.group_lasso * pruning.group_lasso(weights, pattern)
 
     accuracy_pruned = _accuracy_right_after(experiment, pattern, ratios, dataset, folder)
     curve = training.fit(
@@ -233,11 +233,14 @@ def _run_pruned(experiment: Pruned, folder: Path):
         replace(dense.recipe, epochs=experiment.epochs),
         seed=RETRAINING_SEED + dense.seed,
         lr_at=_lr_at(experiment),
-        prune=prune,
+        masks_at=masks_at,
         penalty=penalty if experiment.group_lasso else None,
+        penalty_until=pruning.PRUNING_PHASE,
         label=experiment.label,
+        **limits,
     )
-    final = prune(1.0)
+    final = masks_at(1.0)
+    pruning.apply_masks(weights, final)  # a training of few steps may end before they fall due
     pruned = sum(int((~mask).sum()) for mask in final.values())
     row = _dense_columns(dense) | {
         "pattern": experiment.method,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from reprolib.data import Dataset, Split, augmented, normalised
+from reprolib import records
+from reprolib.data import Dataset, Split, augmented, draw_augmentations, normalised
 
 WARM_UP = 0.1  # share of the dense schedule in which the learning rate rises
+CHECKPOINT_EVERY_S = 120
+EAGER_STEPS = 3  # before a step is captured: lazy initialisation must be over by then
 FINE_TUNING_LR = 0.01  # of the peak: where a schedule that ends at zero is "at its end"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -22,7 +30,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Recipe:
     """How to train: SGD with Nesterov momentum 0.9. Weight decay is no sparsity-inducing penalty (see README).
 
-    `lr` is the peak learning rate; `precision` is fp32, or bf16 by autocast.
+    `lr` is the peak learning rate; `precision` is fp32, or bf16 by autocast; `label_smoothing` is the share of each
+    target that is spread evenly over all classes (Szegedy et al., 2016).
     """
 
     epochs: int
@@ -30,6 +39,7 @@ class Recipe:
     lr: float = 0.1
     weight_decay: float = 5e-4
     precision: str = "fp32"
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -40,6 +50,8 @@ class Recipe:
         for name in ("lr", "weight_decay"):
             if not (isinstance(getattr(self, name), (int, float)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing!r}")
 
 
 def device() -> torch.device:
@@ -69,6 +81,20 @@ def fine_tuning_lr(progress: float) -> float:
 # --- The loop -------------------------------------------------------------------------------------------------------
 
 
+class OutOfTime(Exception):
+    """Training stopped at its deadline."""
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a training stands: steps done of an epoch (the first is 0), seconds spent, rows of the epochs behind it."""
+
+    epoch: int = 0
+    step: int = 0
+    wall_time_s: float = 0.0
+    curve: tuple[dict, ...] = ()
+
+
 def fit(
     model: nn.Module,
     dataset: Dataset,
@@ -76,62 +102,179 @@ def fit(
     *,
     seed: int,
     lr_at: Callable[[float], float] = dense_lr,
-    prune: Callable[[float], object] | None = None,
-    penalty: Callable[[float], Tensor | float] | None = None,
+    masks_at: Callable[[float], dict[str, Tensor]] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+    penalty_until: float = 1.0,
     label: str = "training",
+    checkpoint: Path | None = None,
+    deadline: float = math.inf,
 ) -> list[dict]:
     """Train `model` in place on the device it is on; return one row per epoch.
 
-    `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). `prune(progress)` sets pruned
-    weights to zero: it runs before each forward pass and again behind each optimizer step. `penalty(progress)` is
-    added to the loss. The order of the images and their augmentation follow from `seed` alone.
+    `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). `masks_at(progress)` gives the
+    masks that are due, by name of the module whose weight they prune, and the same dict for as long as they do not
+    change: pruned weights are zero in each forward pass and behind each step. `penalty()` is added to the loss before
+    the progress `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
 
-    Rows: epoch, lr, loss_train (mean cross-entropy), accuracy_validation_pct. Raises ValueError where the loss is no
-    longer finite, or where the batch is larger than the training split.
+    With a `checkpoint`, training goes on from that file if it is there (on a CPU to the same bits as without the
+    stop). The file is written every two minutes, and when `time.time()` passes `deadline`.
+
+    Rows: epoch, lr, loss_train (mean cross-entropy), accuracy_validation_pct. Raises OutOfTime at the deadline, and
+    ValueError where the loss is no longer finite or where the batch is larger than the training split.
     """
     train, where = dataset.train, next(model.parameters()).device
     steps = len(train) // recipe.batch_size  # the last partial batch is dropped: batch norm dislikes small ones
     if steps == 0:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training images")
     generator = torch.Generator().manual_seed(seed)
+    # What changes from step to step lives in tensors, so that a captured step sees it change.
+    lr, total = torch.zeros((), device=where), torch.zeros((), device=where)
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=recipe.weight_decay,
-        fused=True,
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay, fused=True
     )
-    curve = []
-    bar = tqdm(range(recipe.epochs), desc=label, unit=" epoch", mininterval=1, dynamic_ncols=True)
-    for epoch in bar:
-        model.train()
-        order = torch.randperm(len(train), generator=generator).to(where)
-        total = torch.zeros((), device=where)
-        for step in range(steps):
-            progress = (epoch * steps + step) / (recipe.epochs * steps)
-            optimizer.param_groups[0]["lr"] = lr = recipe.lr * lr_at(progress)
-            if prune:
-                prune(progress)
-            batch = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            images = normalised(augmented(train.images[batch], dataset, generator), dataset)
-            with autocast(where, recipe.precision):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), train.labels[batch])
-            total += loss.detach()
-            (loss + penalty(progress) if penalty else loss).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if prune:
-                prune(progress)
-        loss_train = total.item() / steps
-        if not (math.isfinite(loss_train) and all(bool(p.isfinite().all()) for p in model.parameters())):
-            what = f"{label}: training diverged in epoch {epoch + 1} (loss {loss_train:.3g})"
-            raise ValueError(f"{what}; try lr below {recipe.lr}")
-        accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
-        curve.append({"epoch": epoch + 1, "lr": lr, "loss_train": loss_train, "accuracy_validation_pct": accuracy})
-        bar.set_postfix_str(f"loss {loss_train:.3f}, validation {accuracy:.2f} %", refresh=False)
+    layers, masks, pruned = dict(model.named_modules()), None, {}
+
+    @torch.no_grad()
+    def zero_pruned() -> None:
+        for name, gone in pruned.items():
+            layers[name].weight.masked_fill_(gone, 0.0)
+
+    def step(draws: Tensor, penalised: bool) -> None:
+        chosen = draws[:, 0]
+        images = normalised(augmented(train.images[chosen], draws[:, 1:], dataset), dataset)
+        with autocast(where, recipe.precision):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), train.labels[chosen], label_smoothing=recipe.label_smoothing)
+        total.add_(loss.detach())
+        (loss + penalty() if penalised else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        zero_pruned()
+
+    take = _captured(step) if where.type == "cuda" else step
+    start = _restored(checkpoint, model, optimizer, generator, total)
+    curve, resumed = list(start.curve), time.monotonic()
+    saved = resumed
+    bar = tqdm(
+        total=recipe.epochs * steps * recipe.batch_size,
+        initial=(start.epoch * steps + start.step) * recipe.batch_size,
+        desc=label,
+        unit=" images",
+        unit_scale=True,
+        mininterval=1,
+        dynamic_ncols=True,
+    )
+    with bar, torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        for epoch in range(start.epoch, recipe.epochs):
+            model.train()
+            state = generator.get_state()  # resumed within this epoch, its draws are made again
+            draws = _draw_epoch(dataset, steps, recipe.batch_size, generator).to(where)
+            for index in range(start.step if epoch == start.epoch else 0, steps):
+                progress = (epoch * steps + index) / (recipe.epochs * steps)
+                rate = recipe.lr * lr_at(progress)
+                lr.fill_(rate)
+                if masks_at and (due := masks_at(progress)) is not masks:
+                    masks = due
+                    for name, mask in masks.items():
+                        pruned.setdefault(name, torch.empty_like(mask)).copy_(~mask)
+                    zero_pruned()
+                take(draws[index], penalty is not None and progress < penalty_until)
+                bar.update(recipe.batch_size)
+                late = time.time() > deadline
+                if checkpoint and (late or time.monotonic() > saved + CHECKPOINT_EVERY_S):
+                    saved = time.monotonic()
+                    here = _Position(epoch, index + 1, start.wall_time_s + saved - resumed, tuple(curve))
+                    _save(checkpoint, model, optimizer, state, total, here)
+                if late:
+                    raise OutOfTime(f"{label}: out of time in epoch {epoch + 1} of {recipe.epochs}")
+            loss_train = total.item() / steps
+            total.zero_()
+            if not (math.isfinite(loss_train) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
+                what = f"{label}: training diverged in epoch {epoch + 1} (loss {loss_train:.3g})"
+                raise ValueError(f"{what}; try lr below {recipe.lr}")
+            accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
+            row = {"epoch": epoch + 1, "lr": rate, "loss_train": loss_train, "accuracy_validation_pct": accuracy}
+            curve.append(row)
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss_train:.3f}, validation {accuracy:.2f} %", refresh=False)
     return curve
+
+
+def _draw_epoch(dataset: Dataset, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """All random numbers of an epoch, int64 ``[steps, batch_size, 4]``: image, then its draws of `augmented`.
+
+    Drawn on the CPU, so that a seed means the same on every device.
+    """
+    order = torch.randperm(len(dataset.train), generator=generator)[: steps * batch_size]
+    draws = [draw_augmentations(batch_size, dataset, generator) for _ in range(steps)]
+    return torch.cat([order.view(steps, batch_size, 1), torch.stack(draws)], dim=2)
+
+
+def _captured(step: Callable[[Tensor, bool], None]) -> Callable[[Tensor, bool], None]:
+    """`step` as a CUDA graph, one for either value of its flag: a single launch instead of hundreds."""
+    graphs, draws_in, eager_left = {}, {}, {True: EAGER_STEPS, False: EAGER_STEPS}
+    side = torch.cuda.Stream()
+
+    def take(draws: Tensor, penalised: bool) -> None:
+        if eager_left[penalised]:
+            eager_left[penalised] -= 1
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step(draws, penalised)
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if penalised not in graphs:
+            draws_in[penalised], graph = draws.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(draws_in[penalised], penalised)
+            graphs[penalised] = graph
+        draws_in[penalised].copy_(draws)
+        graphs[penalised].replay()
+
+    return take
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def wall_time_s(checkpoint: Path) -> float:
+    """Seconds that went into a training up to its checkpoint; 0 without one."""
+    return _position(checkpoint).wall_time_s if checkpoint.exists() else 0.0
+
+
+def _position(checkpoint: Path) -> _Position:
+    with safe_open(checkpoint, "pt") as file:
+        return _Position(**json.loads(file.metadata()["position"]))
+
+
+def _save(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, state: Tensor, total: Tensor, position: _Position
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    tensors |= {"generator": state, "total": total}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    records.write_atomically(checkpoint, save(tensors, {"position": json.dumps(asdict(position))}))
+
+
+def _restored(
+    checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.SGD, generator: torch.Generator, total: Tensor
+) -> _Position:
+    """Fill all arguments from the checkpoint and return its position; without a checkpoint leave them as they are."""
+    if not (checkpoint and checkpoint.exists()):
+        return _Position()
+    tensors = load_file(checkpoint)
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        # Laid out in memory like the parameter: the fused optimizer walks over both alike.
+        momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+        optimizer.state[parameter]["momentum_buffer"] = momentum
+    generator.set_state(tensors["generator"])
+    total.copy_(tensors["total"])
+    return _position(checkpoint)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def accuracy_pct(model: nn.Module, dataset: Dataset, split: Split, precision: str = "fp32") -> float:
