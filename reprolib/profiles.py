@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields
 import yaml
 
 from reprolib import paths
+from reprolib.claims import DECIDED_FROM
 from reprolib.experiments import Dense, Pruned
 from reprolib.training import Recipe
+
+DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,37 @@ class Profile:
             return []
         return self.experiments(dataset, seed, **settings)
 
-    def jobs(self, section: str) -> list[tuple[str, str, int]]:
-        """All (method, data set, seed) of a section, ``methods`` or ``ablations``; one seed of everything first."""
+    def asked(self, section: str) -> list[Pruned]:
+        """All experiments of a section, ``methods`` or ``ablations``."""
         return [
-            (method, dataset, seed)
+            experiment
             for seed in self.seeds
             for dataset in self.datasets
             for method in getattr(self, section)
-            if self.pruned(method, dataset, seed)
+            for experiment in self.pruned(method, dataset, seed)
         ]
+
+    def plan(self) -> list[Dense | Pruned]:
+        """All experiments, the most telling ones first, each behind the dense network that it starts from.
+
+        Of each seed: the dense networks, then what decides claims on hybrid, block and balanced, the other methods, the
+        ablations; within these, sparsities, data sets and methods in the order in which the profile names them.
+        """
+
+        def place(experiment: Pruned) -> int:
+            known = experiment.sparsity in self.sparsities
+            return self.sparsities.index(experiment.sparsity) if known else len(self.sparsities)
+
+        ordered = []
+        for seed in self.seeds:
+            of_seed = {
+                section: sorted((e for e in self.asked(section) if e.dense.seed == seed), key=place)
+                for section in ("methods", "ablations")
+            }
+            decisive = [e for e in of_seed["methods"] if e.method in DECISIVE and e.sparsity >= DECIDED_FROM]
+            ordered += [self.dense(dataset, seed) for dataset in self.datasets]
+            ordered += decisive + of_seed["methods"] + of_seed["ablations"]
+        return list(dict.fromkeys(ordered))
 
 
 def names() -> list[str]:
@@ -98,6 +123,5 @@ def _read(name: str) -> Profile:
     if wrong:
         raise ValueError(f"these keys are missing or unknown: {', '.join(sorted(wrong))}")
     profile = Profile(**settings | {"name": name, "recipe": Recipe(**settings["recipe"])})
-    for section in ("methods", "ablations"):
-        profile.jobs(section)  # builds every experiment once, so that a typo shows before anything is trained
+    profile.plan()  # builds every experiment once, so that a typo shows before anything is trained
     return profile
