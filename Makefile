@@ -1,6 +1,7 @@
 # The front door. `make help` lists what it opens; the graph itself is the Snakefile.
 PYTHON ?= python3
 PROFILE ?=
+BUDGET ?=
 CORES ?=
 DEVICE ?= cpu
 VENV := .venv
@@ -33,8 +34,8 @@ lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
-reproduce: env ## compute everything: PROFILE=quick, laptop or paper; without it, what fits this machine
-	@$(GRAPH) reproduce --profile "$(PROFILE)"
+reproduce: env ## compute everything: PROFILE=quick, laptop, evening or paper (default: what fits); BUDGET=20m stops in time
+	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget $(BUDGET))
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
 	@$(GRAPH) figures --profile "$(or $(PROFILE),quick)"

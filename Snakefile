@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from reprolib import paths, profiles, records
+from reprolib import paths, profiles
 
 RUN = (
     "exec env OMP_NUM_THREADS={threads} "
@@ -38,12 +38,11 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
 else:  # make reproduce, make figures: one profile
     profile = profiles.load(config["profile"])
     RESULTS, FIGURES = str(paths.results(profile.name)), str(paths.figures(profile.name))
-    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    EXECUTED, TABLES = f"{RESULTS}/notebooks", f"{RESULTS}/tables"
-    DENSE = [f"01-{dataset}-seed{seed}" for seed in profile.seeds for dataset in profile.datasets]
-
-    def jobs(section):
-        return [f"02-{method}-{dataset}-seed{seed}" for method, dataset, seed in profile.jobs(section)]
+    EXECUTED, DEVICE = f"{RESULTS}/notebooks", "cuda" if torch.cuda.is_available() else "cpu"
+    # Written from the records of the trained networks before the graph runs.
+    ACCURACY = paths.accuracy_csv(profile.name)
+    ABLATIONS = [paths.ablations_csv(profile.name)] if profile.ablations else []
+    LATENCY = paths.latency_csv(profile.name)
 
     def drawn(*names):
         return [f"{FIGURES}/{name}.{suffix}" for name in names for suffix in ("svg", "png")]
@@ -52,90 +51,53 @@ else:  # make reproduce, make figures: one profile
         return [f"{FIGURES}/{name}.{suffix}" for name in names for suffix in ("md", "tex")]
 
     parameters = json.dumps({"profile": profile.name})
-
-    wildcard_constraints:
-        dataset="[a-z0-9]+",
-        seed=r"\d+",
+    one = {"profile": profile.name, "dataset": profile.datasets[0], "seed": profile.seeds[0]}
 
     rule all:
         input:
+            f"{EXECUTED}/01.ipynb",
+            f"{EXECUTED}/02.ipynb",
             f"{RESULTS}/claims.csv",
-            drawn("mask_anatomy", "accuracy_vs_sparsity", "bank_block", "variations", "claims"),
+            drawn("mask_anatomy", "accuracy_vs_sparsity", "claims"),
+            drawn("bank_block", "variations") if ABLATIONS else [],
             drawn("roofline", "latency_vs_sparsity", "accuracy_vs_latency"),
             tabled("accuracy", "latency", "claims"),
 
-    rule figures:
-        input:
-            rules.all.input,
+    # --- How one network was trained and pruned -----------------------------------------------------------------------
 
-    # --- Training -----------------------------------------------------------------------------------------------------
-
-    rule train_dense:
+    rule dense_report:
         input:
+            ACCURACY,
             notebook=paths.notebook("01"),
         output:
-            notebook=f"{EXECUTED}/01-{{dataset}}-seed{{seed}}.ipynb",
-            table=f"{TABLES}/01-{{dataset}}-seed{{seed}}.csv",
+            notebook=f"{EXECUTED}/01.ipynb",
         params:
-            json=lambda wildcards, output: json.dumps(
-                {
-                    "profile": profile.name,
-                    "dataset": wildcards.dataset,
-                    "seed": int(wildcards.seed),
-                    "table": output.table,
-                }
-            ),
+            json=json.dumps(one),
         threads: profile.threads
         resources:
             gpu=1,
-        priority: 1
         shell:
             RUN
 
-    rule prune_and_retrain:
+    rule pruning_report:
         input:
+            ACCURACY,
             notebook=paths.notebook("02"),
-            dense=f"{TABLES}/01-{{dataset}}-seed{{seed}}.csv",
         output:
-            notebook=f"{EXECUTED}/02-{{method}}-{{dataset}}-seed{{seed}}.ipynb",
-            table=f"{TABLES}/02-{{method}}-{{dataset}}-seed{{seed}}.csv",
+            notebook=f"{EXECUTED}/02.ipynb",
         params:
-            json=lambda wildcards, output: json.dumps(
-                {
-                    "profile": profile.name,
-                    "dataset": wildcards.dataset,
-                    "seed": int(wildcards.seed),
-                    "table": output.table,
-                    **profile.settings(wildcards.method),
-                }
-            ),
+            json=json.dumps(one | profile.settings("hybrid")),
         threads: profile.threads
         resources:
             gpu=1,
         shell:
             RUN
 
-    # --- Tables -------------------------------------------------------------------------------------------------------
-
-    rule accuracy_csv:
-        input:
-            [f"{TABLES}/{name}.csv" for name in DENSE + jobs("methods")],
-        output:
-            paths.accuracy_csv(profile.name),
-        run:
-            records.join([Path(name) for name in input], Path(output[0]))
-
-    rule ablations_csv:
-        input:
-            [f"{TABLES}/{name}.csv" for name in jobs("ablations")],
-        output:
-            paths.ablations_csv(profile.name),
-        run:
-            records.join([Path(name) for name in input], Path(output[0]))
+    # --- Latencies ----------------------------------------------------------------------------------------------------
 
     rule latency_csv:
         output:
-            paths.latency_csv(profile.name),
+            LATENCY,
         threads: workflow.cores  # nothing else runs while latencies are measured
         resources:
             gpu=1,
@@ -158,7 +120,7 @@ else:  # make reproduce, make figures: one profile
 
     rule accuracy_figure:
         input:
-            paths.accuracy_csv(profile.name),
+            ACCURACY,
             notebook=paths.notebook("03"),
         output:
             drawn("accuracy_vs_sparsity"),
@@ -171,8 +133,8 @@ else:  # make reproduce, make figures: one profile
 
     rule ablation_figures:
         input:
-            paths.accuracy_csv(profile.name),
-            paths.ablations_csv(profile.name),
+            ACCURACY,
+            ABLATIONS,
             notebook=paths.notebook("04"),
         output:
             drawn("bank_block", "variations"),
@@ -184,7 +146,7 @@ else:  # make reproduce, make figures: one profile
 
     rule kernel_figures:
         input:
-            paths.latency_csv(profile.name),
+            LATENCY,
             notebook=paths.notebook("05"),
         output:
             drawn("roofline", "latency_vs_sparsity"),
@@ -197,8 +159,8 @@ else:  # make reproduce, make figures: one profile
 
     rule latency_figure:
         input:
-            paths.accuracy_csv(profile.name),
-            paths.latency_csv(profile.name),
+            ACCURACY,
+            LATENCY,
             notebook=paths.notebook("06"),
         output:
             drawn("accuracy_vs_latency"),
@@ -210,8 +172,8 @@ else:  # make reproduce, make figures: one profile
 
     rule claims:
         input:
-            paths.accuracy_csv(profile.name),
-            paths.latency_csv(profile.name),
+            ACCURACY,
+            LATENCY if config.get("latency", True) else [],  # claim 4 says what is missing
             notebook=paths.notebook("07"),
         output:
             drawn("claims"),

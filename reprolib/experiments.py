@@ -22,6 +22,7 @@ from reprolib.training import Recipe
 
 TOLERANCE = 0.005  # half a point: how far achieved sparsity may lie from its target
 RETRAINING_SEED = 1_000_000  # added to the seed: retraining draws other images than training, the same for all patterns
+CHECKPOINT = "checkpoint.safetensors"
 RETRAININGS = ("lr-rewinding", "fine-tuning")
 
 
@@ -148,8 +149,8 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
     with FileLock(path.parent / ".lock"):
         if path.exists():
             return records.read(path)
-        checkpoint = path.parent / "checkpoint.safetensors"
-        started = time.perf_counter() - training.wall_time_s(checkpoint)
+        checkpoint = path.parent / CHECKPOINT
+        started = time.perf_counter() - training.position(checkpoint).wall_time_s
         compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
         _save(model, path.parent / "weights.safetensors")
@@ -163,6 +164,22 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
         records.write(path, record)
         checkpoint.unlink(missing_ok=True)
         return records.read(path)
+
+
+def is_done(experiment: Dense | Pruned, folder: Path) -> bool:
+    return (folder / experiment.run_id / "record.json").exists()
+
+
+def epochs(experiment: Dense | Pruned) -> int:
+    """How many epochs the experiment itself trains."""
+    return experiment.recipe.epochs if isinstance(experiment, Dense) else experiment.epochs
+
+
+def epochs_done(experiment: Dense | Pruned, folder: Path) -> float:
+    """Epochs of an experiment that need not be computed any more, as its record or its checkpoint says."""
+    if is_done(experiment, folder):
+        return epochs(experiment)
+    return epochs(experiment) * training.position(folder / experiment.run_id / CHECKPOINT).progress
 
 
 def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:

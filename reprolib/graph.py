@@ -1,7 +1,7 @@
-"""The front of the graph: run Snakemake for `make reproduce`, `make figures` and `make sweep`, and show progress.
+"""The front of the graph: `make reproduce`, `make figures` and `make sweep`.
 
-Snakemake decides what is missing and runs it in parallel; this module picks the profile, holds a lock so that one run
-at a time works on a folder, and shows one bar over the networks to train.
+Networks are trained by `reprolib.workers`, in the order of the profile's plan; their records become tables; Snakemake
+runs the notebooks that draw on these tables. One run at a time works on a folder, and each shows a bar.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import argparse
 import fcntl
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -25,34 +27,85 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from reprolib import notebooks, paths, profiles, records
+from reprolib import experiments, notebooks, paths, profiles, records, workers
+from reprolib.experiments import Dense, Pruned
+from reprolib.profiles import Profile
 
-# rules that train and time nothing
-FIGURES = ["anatomy", "accuracy_figure", "ablation_figures", "kernel_figures", "latency_figure", "claims"]
+FIGURES_S = 150.0  # of a budget, kept for tables and figures
+
+# The rules of the Snakefile that draw, with the tables that each needs.
+DRAWING = {
+    "anatomy": [],
+    "accuracy_figure": [paths.accuracy_csv],
+    "ablation_figures": [paths.accuracy_csv, paths.ablations_csv],
+    "kernel_figures": [paths.latency_csv],
+    "latency_figure": [paths.accuracy_csv, paths.latency_csv],
+    "claims": [paths.accuracy_csv],
+}
 
 
-def reproduce(profile_name: str | None, cores: int) -> None:
-    """Compute everything that is missing of a profile; without a name, of the one that fits this machine."""
-    if not profile_name:
-        usable = torch.cuda.is_available()
-        profile_name = "paper" if usable else "quick"
-        print(f"PROFILE={profile_name}, because {'a GPU is usable' if usable else 'no GPU is usable'} here")
-    profile = profiles.load(profile_name)
+def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
+    """Compute everything that is missing of a profile, what tells most first, and draw what there is.
+
+    With a budget, training stops in time, to go on when asked again, and latencies are not measured. Raises
+    RuntimeError, behind everything else, for networks that could not be trained.
+    """
+    if budget_s <= FIGURES_S:
+        raise ValueError(f"a budget of {budget_s:g} s is too short: tables and figures alone may take {FIGURES_S:g} s")
+    deadline = time.time() + budget_s - FIGURES_S
     print(f"{profile.name}: {profile.purpose}; {cores} cores")
-    config = {"profile": profile.name}
-    _snakemake(["all"], paths.results(profile.name), cores, _experiment_records(profile), "network", config)
+    folder, runs, plan = paths.results(profile.name), paths.runs(profile.name), profile.plan()
+    with ExitStack() as stack:
+        with _bar(sum(map(experiments.epochs, plan)), _epochs_done(plan, runs), "epoch") as look:
+            lock = stack.enter_context(_only_run(folder, look))
+            side_by_side = 1 if torch.cuda.is_available() else max(1, cores // profile.threads)
+            errors = workers.train(
+                plan, runs, workers=side_by_side, threads=profile.threads, deadline=deadline, look=look
+            )
+        missing = sum(not experiments.is_done(experiment, runs) for experiment in plan)
+        write_tables(profile)
+        if missing or budget_s < math.inf:
+            draw(profile.name, cores, lock)
+        else:
+            _snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+    if missing:
+        print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
     print(f"figures and tables: {paths.figures(profile.name)}")
     print(f"numbers: {paths.accuracy_csv(profile.name)}")
+    if errors:
+        raise RuntimeError("\n".join(f"error: {line}" for line in errors))
 
 
-def figures(profile_name: str, cores: int) -> None:
-    """Redraw all figures and tables of a profile from its tables, without training."""
-    profiles.load(profile_name)
-    for table in (paths.accuracy_csv, paths.ablations_csv, paths.latency_csv):
-        records.read_csv(table(profile_name))
-    targets = ["figures", "--forceall", "--allowed-rules", "figures", *FIGURES]
-    _snakemake(targets, paths.results(profile_name), cores, [], "figure", {"profile": profile_name})
-    print(f"redrawn: {paths.figures(profile_name)}")
+def figures(profile: Profile, cores: int) -> None:
+    """Redraw the figures and tables of a profile from its tables of results, without training."""
+    records.read_csv(paths.accuracy_csv(profile.name))
+    with _only_run(paths.results(profile.name), lambda: None) as lock:
+        draw(profile.name, cores, lock)
+    print(f"redrawn: {paths.figures(profile.name)}")
+
+
+def draw(profile_name: str, cores: int, lock: IO) -> None:
+    """Draw everything that the tables of a profile allow."""
+    rules = [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
+    targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
+    config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
+    _snakemake(targets, paths.results(profile_name), cores, lock, config)
+
+
+def write_tables(profile: Profile) -> None:
+    """Write ``accuracy.csv`` and ``ablations.csv`` from the records of a profile's networks.
+
+    Rows of networks that the profile asks for and that have no record here, of an earlier run elsewhere, stay.
+    """
+    dense = [profile.dense(dataset, seed) for seed in profile.seeds for dataset in profile.datasets]
+    sections = {
+        paths.accuracy_csv: dense + profile.asked("methods"),
+        paths.ablations_csv: profile.asked("ablations"),
+    }
+    runs = paths.runs(profile.name)
+    for path, asked in sections.items():
+        rows = [experiments.run(e, runs)["row"] for e in asked if experiments.is_done(e, runs)]
+        records.update(path(profile.name), pd.DataFrame(rows), [experiment.run_id for experiment in asked])
 
 
 def sweep(notebook: str, grid_file: Path, cores: int) -> None:
@@ -79,7 +132,12 @@ def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     records.write_atomically(plan, json.dumps({"notebook": str(path), "jobs": jobs}, indent=1))
     print(f"{path.stem}: {len(points)} points of {grid_file}; {cores} cores")
     outputs = [folder / f"{name}.ipynb" for name in jobs]
-    _snakemake(["sweep"], folder, cores, outputs, "notebook", {"plan": str(plan)})
+
+    def finished() -> float:
+        return sum(path.exists() for path in outputs)
+
+    with _bar(len(outputs), finished, "notebook") as look, _only_run(folder, look) as lock:
+        _snakemake(["sweep"], folder, cores, lock, {"plan": str(plan)}, look)
     if has_table:
         tables = [
             records.read_csv(folder / f"{name}.csv").assign(**{f"sweep_{k}": str(v) for k, v in point.items()})
@@ -90,22 +148,18 @@ def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     print(f"notebooks: {folder}")
 
 
-def _experiment_records(profile: profiles.Profile) -> list[Path]:
-    experiments = [profile.dense(dataset, seed) for seed in profile.seeds for dataset in profile.datasets]
-    for section in ("methods", "ablations"):
-        for job in profile.jobs(section):
-            experiments += profile.pruned(*job)
-    folder = paths.runs(profile.name)
-    return list(dict.fromkeys(folder / experiment.run_id / "record.json" for experiment in experiments))
-
-
 # --- Snakemake ------------------------------------------------------------------------------------------------------
 
 
 def _snakemake(
-    targets: list[str], folder: Path, cores: int, awaited: list[Path], unit: str, config: dict[str, str]
+    targets: list[str],
+    folder: Path,
+    cores: int,
+    lock: IO,
+    config: dict[str, object],
+    look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run Snakemake on `targets` with `folder` as its own, while a bar counts which of the `awaited` files are there.
+    """Run Snakemake on `targets` with `folder`, whose `lock` is held, as its own; meanwhile call `look`.
 
     Raises RuntimeError with the errors of the log.
     """
@@ -116,7 +170,7 @@ def _snakemake(
     if torch.cuda.is_available():
         command += ["--resources", "gpu=1"]  # no two jobs on one GPU
     command += ["--config", *(f"{key}={value}" for key, value in config.items())]
-    with _bar(awaited, unit) as look, _only_run(folder, look) as lock, log_path.open("w") as log:
+    with log_path.open("w") as log:
         if any((folder / ".snakemake" / "locks").glob("*")):
             # Whoever holds our lock knows that a lock of Snakemake's own still lying there is a dead run's.
             subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False)
@@ -156,29 +210,36 @@ def _only_run(folder: Path, look: Callable[[], None]) -> Iterator[IO]:
         yield lock
 
 
+# --- Progress -------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def _bar(awaited: list[Path], unit: str) -> Iterator[Callable[[], None]]:
-    """A progress bar over files that appear; the yielded function looks for new ones and shows them."""
-    waiting = [path for path in awaited if not path.exists()]
+def _bar(total: float, done: Callable[[], float], unit: str) -> Iterator[Callable[[], None]]:
+    """A progress bar; the yielded function asks `done` how far things are and shows it."""
     interval_s = 1 if sys.stderr.isatty() else 60
-    with tqdm(
-        total=len(awaited),
-        initial=len(awaited) - len(waiting),
-        unit=unit,
-        mininterval=interval_s,
-        miniters=0,
-        disable=not awaited,
-    ) as bar:
+    with tqdm(total=total, initial=done(), unit=unit, mininterval=interval_s, miniters=0, unit_scale=True) as bar:
 
         def look() -> None:
-            for path in [path for path in waiting if path.exists()]:
-                waiting.remove(path)
-                bar.update()
-                if path.name == "record.json":
-                    bar.write(_summary(records.read(path)["row"]))
+            bar.n = done()
             bar.update(0)
 
         yield look
+
+
+def _epochs_done(plan: list[Dense | Pruned], runs: Path) -> Callable[[], float]:
+    """A function that says how many epochs of a plan are trained, and tells of each network that got done meanwhile."""
+    waiting = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
+    finished = sum(map(experiments.epochs, plan)) - sum(map(experiments.epochs, waiting))
+
+    def done() -> float:
+        nonlocal finished
+        for experiment in [e for e in waiting if experiments.is_done(e, runs)]:
+            waiting.remove(experiment)
+            finished += experiments.epochs(experiment)
+            tqdm.write(_summary(experiments.run(experiment, runs)["row"]), file=sys.stderr)
+        return finished + sum(experiments.epochs_done(experiment, runs) for experiment in waiting)
+
+    return done
 
 
 def _summary(row: dict) -> str:
@@ -190,12 +251,31 @@ def _summary(row: dict) -> str:
     )
 
 
+def _profile(name: str) -> Profile:
+    """The profile of that name; without a name, the one that fits this machine."""
+    if not name:
+        usable = torch.cuda.is_available()
+        name = "paper" if usable else "quick"
+        print(f"PROFILE={name}, because {'a GPU is usable' if usable else 'no GPU is usable'} here")
+    return profiles.load(name)
+
+
+def _seconds(text: str) -> float:
+    """Seconds of a time such as 90s, 20m or 1h30m."""
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not (text and parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood: write 90s, 20m or 1h30m")
+    return sum(int(number or 0) * unit_s for number, unit_s in zip(parts.groups(), (3600, 60, 1), strict=True))
+
+
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cores", type=int, default=cores, help="networks or notebooks side by side")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("reproduce").add_argument("--profile", default="")
+    reproducing = commands.add_parser("reproduce")
+    reproducing.add_argument("--profile", default="")
+    reproducing.add_argument("--budget", type=_seconds, default=math.inf, help="such as 20m or 1h30m")
     commands.add_parser("figures").add_argument("--profile", default="quick")
     sweeping = commands.add_parser("sweep")
     sweeping.add_argument("--notebook", required=True)
@@ -205,9 +285,9 @@ def main() -> None:
     try:
         match arguments.command:
             case "reproduce":
-                reproduce(arguments.profile, arguments.cores)
+                reproduce(_profile(arguments.profile), arguments.cores, arguments.budget)
             case "figures":
-                figures(arguments.profile, arguments.cores)
+                figures(profiles.load(arguments.profile), arguments.cores)
             case "sweep":
                 sweep(arguments.notebook, arguments.grid, arguments.cores)
     except KeyboardInterrupt:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 import papermill
 from nbclient.exceptions import DeadKernelError
 
 from reprolib import paths
+from reprolib.processes import end_with_parent
 
 
 def known_parameters(notebook: Path) -> dict[str, str]:
@@ -53,25 +51,13 @@ def run(notebook: Path, output: Path, parameters: dict) -> None:
     output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
 
 
-def _end_with_parent() -> None:
-    """End this process, and with it the notebook's kernel, when the process that started it is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebook", help="number, name or path of the notebook")
     parser.add_argument("output", type=Path, help="where the executed notebook goes")
     parser.add_argument("--parameters", type=json.loads, default={}, help="JSON object")
     arguments = parser.parse_args()
-    _end_with_parent()
+    end_with_parent()  # and its kernel with it
     try:
         run(paths.notebook(arguments.notebook), arguments.output, arguments.parameters)
     except papermill.PapermillExecutionError as error:

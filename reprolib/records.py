@@ -53,17 +53,29 @@ def fingerprint(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def join(tables: list[Path], output: Path) -> None:
-    """Join tables of results into one, in a fixed order of rows."""
-    frame = pd.concat([read_csv(path) for path in tables], ignore_index=True)
+def update(path: Path, rows: pd.DataFrame, asked: list[str]) -> None:
+    """Write a table of results in a fixed order of rows; a file that would not change is left alone.
+
+    Rows of the table that is there already stay where `asked` names their run_id and `rows` has none of it.
+    """
+    if path.exists():
+        kept = read_csv(path)
+        rows = pd.concat([rows, kept[kept["run_id"].isin(asked)]], ignore_index=True)
+    if rows.empty:
+        return
     keys = ["dataset", "pattern", "spec", "target_sparsity", "seed", "run_id"]
-    frame = frame.sort_values([key for key in keys if key in frame], na_position="first")
-    write_csv(output, frame.drop_duplicates("run_id"))
+    rows = rows.drop_duplicates("run_id").sort_values([key for key in keys if key in rows], na_position="first")
+    if not path.exists() or path.read_text() != to_csv(rows):
+        write_csv(path, rows)
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Write a table atomically; equal tables give equal bytes."""
-    write_atomically(path, frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+    write_atomically(path, to_csv(frame))
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
 def read_csv(path: Path) -> pd.DataFrame:

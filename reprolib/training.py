@@ -86,11 +86,14 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
-class _Position:
-    """Where a training stands: steps done of an epoch (the first is 0), seconds spent, rows of the epochs behind it."""
+class Position:
+    """Where a training stands: steps done of an epoch (the first is 0), the share of the whole training behind it,
+    the seconds that took, and one row per finished epoch.
+    """
 
     epoch: int = 0
     step: int = 0
+    progress: float = 0.0
     wall_time_s: float = 0.0
     curve: tuple[dict, ...] = ()
 
@@ -183,7 +186,8 @@ def fit(
                 late = time.time() > deadline
                 if checkpoint and (late or time.monotonic() > saved + CHECKPOINT_EVERY_S):
                     saved = time.monotonic()
-                    here = _Position(epoch, index + 1, start.wall_time_s + saved - resumed, tuple(curve))
+                    share = (epoch * steps + index + 1) / (recipe.epochs * steps)
+                    here = Position(epoch, index + 1, share, start.wall_time_s + saved - resumed, tuple(curve))
                     _save(checkpoint, model, optimizer, state, total, here)
                 if late:
                     raise OutOfTime(f"{label}: out of time in epoch {epoch + 1} of {recipe.epochs}")
@@ -236,18 +240,16 @@ def _captured(step: Callable[[Tensor, bool], None]) -> Callable[[Tensor, bool], 
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def wall_time_s(checkpoint: Path) -> float:
-    """Seconds that went into a training up to its checkpoint; 0 without one."""
-    return _position(checkpoint).wall_time_s if checkpoint.exists() else 0.0
-
-
-def _position(checkpoint: Path) -> _Position:
+def position(checkpoint: Path) -> Position:
+    """Where the training stood when it wrote `checkpoint`; at its start if there is none."""
+    if not checkpoint.exists():
+        return Position()
     with safe_open(checkpoint, "pt") as file:
-        return _Position(**json.loads(file.metadata()["position"]))
+        return Position(**json.loads(file.metadata()["position"]))
 
 
 def _save(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, state: Tensor, total: Tensor, position: _Position
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, state: Tensor, total: Tensor, position: Position
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -259,10 +261,10 @@ def _save(
 
 def _restored(
     checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.SGD, generator: torch.Generator, total: Tensor
-) -> _Position:
+) -> Position:
     """Fill all arguments from the checkpoint and return its position; without a checkpoint leave them as they are."""
     if not (checkpoint and checkpoint.exists()):
-        return _Position()
+        return Position()
     tensors = load_file(checkpoint)
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
@@ -271,7 +273,7 @@ def _restored(
         optimizer.state[parameter]["momentum_buffer"] = momentum
     generator.set_state(tensors["generator"])
     total.copy_(tensors["total"])
-    return _position(checkpoint)
+    return position(checkpoint)
 
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------
