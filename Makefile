@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.graph $(if $(CORES),--cores $(CORES))
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint reproduce figures sweep bench lab lock clean
+.PHONY: help env data test lint reproduce figures sweep bench bench-train lab lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.complete ## build the environment in .venv (the others do it themselves)
 
@@ -46,6 +46,9 @@ sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu or cuda; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench masks
 	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
+
+bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
+	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -2,6 +2,7 @@
 
 python -m reprolib.bench masks --threads 2
 python -m reprolib.bench latency --profile laptop --device cpu
+python -m reprolib.bench training --profile laptop --device cpu
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from reprolib import latency, profiles, pruning, records
+from reprolib import latency, profiles, pruning, records, throughput
 from reprolib.models import vgg16
 from reprolib.patterns import Pattern, parse
 
@@ -35,9 +36,9 @@ def mask_time_ms(pattern: Pattern, sparsity: float, repeats: int = 7) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["masks", "latency"])
+    parser.add_argument("what", choices=["masks", "latency", "training"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--profile", default="laptop", help="whose networks to time")
+    parser.add_argument("--profile", default="laptop", help="whose networks to time or to train")
     parser.add_argument("--device", default="cpu", choices=list(latency.BATCHES))
     parser.add_argument("--own", action="store_true", help="the profile's networks only, without the survey")
     parser.add_argument("--output", type=Path, help="where the table goes, if not below results/")
@@ -46,11 +47,17 @@ def main() -> None:
     try:
         if arguments.what == "masks":
             print_mask_times(arguments.threads)
+            return
+        profile, device = profiles.load(arguments.profile), arguments.device
+        if arguments.what == "latency":
+            table = latency.benchmark(profile, device, survey=not arguments.own)
         else:
-            profile, device = profiles.load(arguments.profile), arguments.device
-            output = arguments.output or latency.folder(profile, device) / "latency.csv"
-            records.write_csv(output, latency.benchmark(profile, device, survey=not arguments.own))
-            print(f"latencies: {output}")
+            table = throughput.benchmark(profile, device)
+            columns = ["loop", "pattern", "precision", "networks", "threads", "images_per_s", "share_of_peak"]
+            print(table[[*columns, "convolutions_share"]].to_string(index=False, float_format="{:.2f}".format))
+        output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
+        records.write_csv(output, table)
+        print(f"written: {output}")
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,9 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
+    def first(self, count: int) -> Split:
+        return Split(self.images[:count], self.labels[:count])
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -49,9 +53,14 @@ class Dataset:
     pad: int
 
     def to(self, device: torch.device | str) -> Dataset:
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
+        return self._each(lambda split: split.to(device))
+
+    def first(self, count: int) -> Dataset:
+        """The first `count` images of each split, or all where there are fewer."""
+        return self._each(lambda split: split.first(count))
+
+    def _each(self, change: Callable[[Split], Split]) -> Dataset:
+        return replace(self, train=change(self.train), validation=change(self.validation), test=change(self.test))
 
 
 @cache

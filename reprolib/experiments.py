@@ -28,13 +28,17 @@ RETRAININGS = ("lr-rewinding", "fine-tuning")
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense VGG-16, trained from scratch. All patterns of a (data set, seed) start from the same one."""
+    """A dense VGG-16, trained from scratch. All patterns of a (data set, seed) start from the same one.
+
+    `images` > 0 takes only as many of each split: enough to try every step, and proof of nothing.
+    """
 
     dataset: str
     recipe: Recipe
     width: float = 1.0
     hidden: tuple[int, ...] = ()
     seed: int = 0
+    images: int = 0
 
     def __post_init__(self):
         if self.dataset not in data.NAMES:
@@ -206,8 +210,13 @@ def _save(model: nn.Module, path: Path) -> None:
     records.write_atomically(path, save(tensors))
 
 
+def _dataset(dense: Dense) -> data.Dataset:
+    dataset = data.load(dense.dataset)
+    return (dataset.first(dense.images) if dense.images else dataset).to(training.device())
+
+
 def _run_dense(dense: Dense, folder: Path, **limits):
-    dataset = data.load(dense.dataset).to(training.device())
+    dataset = _dataset(dense)
     model = _new_model(dense)
     curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
     accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
@@ -226,7 +235,7 @@ def _run_dense(dense: Dense, folder: Path, **limits):
 
 def _run_pruned(experiment: Pruned, folder: Path, **limits):
     dense, pattern = experiment.dense, parse(experiment.pattern)
-    dataset = data.load(dense.dataset).to(training.device())
+    dataset = _dataset(dense)
     model = load_model(dense, folder)
     weights = pruning.prunable(model, experiment.prune_ends)
     ratios = _ratios(experiment, pattern, weights, model, dataset)

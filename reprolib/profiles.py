@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import yaml
 
@@ -11,6 +11,7 @@ from reprolib.claims import DECIDED_FROM
 from reprolib.experiments import Dense, Pruned
 from reprolib.training import Recipe
 
+DRY_RUN, DRY_IMAGES = "-dry-run", 32
 DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
 
 
@@ -33,9 +34,10 @@ class Profile:
     sparsities: list[float]
     methods: dict[str, dict]
     ablations: dict[str, dict]
+    images: int = 0
 
     def dense(self, dataset: str, seed: int) -> Dense:
-        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed)
+        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images)
 
     def settings(self, method: str) -> dict:
         """The parameters of notebook 02 that make up a method: ``pattern``, ``sparsities`` and what else it names.
@@ -107,7 +109,12 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Profile:
-    """Read ``profiles/<name>.yaml``. Raises ValueError, naming what is wrong, for an unknown or incomplete profile."""
+    """Read ``profiles/<name>.yaml``; for ``<name>-dry-run``, what `dry_run` makes of it.
+
+    Raises ValueError, naming what is wrong, for an unknown or incomplete profile.
+    """
+    if name.endswith(DRY_RUN):
+        return dry_run(load(name.removesuffix(DRY_RUN)))
     if name not in names():
         raise ValueError(f"unknown profile {name!r}: known are {', '.join(names())}")
     try:
@@ -116,9 +123,30 @@ def load(name: str) -> Profile:
         raise ValueError(f"profiles/{name}.yaml: {' '.join(str(error).split())}") from None
 
 
+def dry_run(profile: Profile) -> Profile:
+    """The same networks, each trained for three epochs of one step on a few images: every path of the code in minutes.
+
+    Three epochs, so that masks change, and then hold, while it trains.
+    """
+
+    def short(methods: dict[str, dict]) -> dict[str, dict]:
+        return {name: {key: value for key, value in m.items() if key != "epochs"} for name, m in methods.items()}
+
+    return replace(
+        profile,
+        name=profile.name + DRY_RUN,
+        purpose=f"every network of {profile.name}, three steps each: tries the code, proves nothing",
+        recipe=replace(profile.recipe, epochs=3, batch_size=DRY_IMAGES),
+        retraining_epochs=3,
+        methods=short(profile.methods),
+        ablations=short(profile.ablations),
+        images=DRY_IMAGES,
+    )
+
+
 def _read(name: str) -> Profile:
     settings = yaml.safe_load((paths.PROFILES / f"{name}.yaml").read_text())
-    expected = {f.name for f in fields(Profile)} - {"name"}
+    expected = {f.name for f in fields(Profile)} - {"name", "images"}
     wrong = expected.symmetric_difference(settings)
     if wrong:
         raise ValueError(f"these keys are missing or unknown: {', '.join(sorted(wrong))}")
