@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import pandas as pd
 import yaml
 
-from reprolib import paths
+from reprolib import experiments, paths
 from reprolib.claims import DECIDED_FROM
 from reprolib.experiments import Dense, Pruned
 from reprolib.training import Recipe
@@ -102,6 +103,43 @@ class Profile:
             ordered += [self.dense(dataset, seed) for dataset in self.datasets]
             ordered += decisive + of_seed["methods"] + of_seed["ablations"]
         return list(dict.fromkeys(ordered))
+
+
+def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """What a profile asks for, beside what its ``accuracy.csv`` holds. Index: dataset, method.
+
+    Columns: asked and trained (networks), missing (their seeds and sparsities, as a text), hours_left (to train the
+    missing ones one after the other, at the mean time per epoch of the networks of the data set that are there).
+    """
+    dense = [profile.dense(dataset, seed) for dataset in profile.datasets for seed in profile.seeds]
+    rows = pd.DataFrame(
+        {
+            "dataset": (e if isinstance(e, Dense) else e.dense).dataset,
+            "method": "dense" if isinstance(e, Dense) else e.method,
+            "seed": (e if isinstance(e, Dense) else e.dense).seed,
+            "sparsity": 0.0 if isinstance(e, Dense) else e.sparsity,
+            "epochs": experiments.epochs(e),
+            "run_id": e.run_id,
+        }
+        for e in dense + profile.asked("methods")
+    )
+    rows["trained"] = rows["run_id"].isin(accuracy["run_id"])
+    times = accuracy.groupby("dataset")[["wall_time_s", "epochs"]].sum()
+    hours_per_epoch = rows["dataset"].map(times["wall_time_s"] / times["epochs"]) / 3600
+    rows["hours_left"] = rows["epochs"].where(~rows["trained"], 0) * hours_per_epoch
+    groups = rows.groupby(["dataset", "method"], sort=False)
+    table = groups.agg(asked=("run_id", "size"), trained=("trained", "sum"), hours_left=("hours_left", "sum"))
+    table.insert(2, "missing", [_missing(group[~group["trained"]]) for _, group in groups])
+    return table
+
+
+def _missing(rows: pd.DataFrame) -> str:
+    """Sparsities by seed: ``seed 1: 90, 98 %``."""
+    texts = []
+    for seed, group in rows.groupby("seed"):
+        sparsities = ", ".join(f"{100 * sparsity:g}" for sparsity in sorted(group["sparsity"]) if sparsity)
+        texts.append(f"seed {seed}: {sparsities} %" if sparsities else f"seed {seed}")
+    return "; ".join(texts)
 
 
 def names() -> list[str]:
