@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -174,8 +173,7 @@ def fit(
             draws = _draw_epoch(dataset, steps, recipe.batch_size, generator).to(where)
             for index in range(start.step if epoch == start.epoch else 0, steps):
                 progress = (epoch * steps + index) / (recipe.epochs * steps)
-                rate = recipe.lr * lr_at(progress)
-                lr.fill_(rate)
+                lr.fill_(recipe.lr * lr_at(progress))
                 if masks_at and (due := masks_at(progress)) is not masks:
                     masks = due
                     for name, mask in masks.items():
@@ -197,6 +195,7 @@ def fit(
                 what = f"{label}: training diverged in epoch {epoch + 1} (loss {loss_train:.3g})"
                 raise ValueError(f"{what}; try lr below {recipe.lr}")
             accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
+            rate = recipe.lr * lr_at(((epoch + 1) * steps - 1) / (recipe.epochs * steps))  # of the last step
             row = {"epoch": epoch + 1, "lr": rate, "loss_train": loss_train, "accuracy_validation_pct": accuracy}
             curve.append(row)
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss_train:.3f}, validation {accuracy:.2f} %", refresh=False)
@@ -242,10 +241,12 @@ def _captured(step: Callable[[Tensor, bool], None]) -> Callable[[Tensor, bool], 
 
 def position(checkpoint: Path) -> Position:
     """Where the training stood when it wrote `checkpoint`; at its start if there is none."""
-    if not checkpoint.exists():
+    try:
+        with checkpoint.open("rb") as file:  # one handle: the training may replace the file meanwhile
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except FileNotFoundError:
         return Position()
-    with safe_open(checkpoint, "pt") as file:
-        return Position(**json.loads(file.metadata()["position"]))
+    return Position(**json.loads(header["__metadata__"]["position"]))
 
 
 def _save(

@@ -140,7 +140,8 @@ def moved(image, down, right, mirror):
 def moves_found(dataset, count, seed=0):
     """For each of `count` random images: the one (down, right, mirror) that makes its augmented form."""
     images = torch.randint(1, 256, (count, 5, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
-    result = data.augmented(images, dataset, torch.Generator().manual_seed(seed))
+    draws = data.draw_augmentations(count, dataset, torch.Generator().manual_seed(seed))
+    result = data.augmented(images, draws, dataset)
     assert result.dtype == torch.uint8 and result.shape == images.shape
     reach = range(-dataset.pad - 1, dataset.pad + 2)
     found = []
@@ -163,12 +164,33 @@ def test_images_whose_mirror_is_another_class_are_never_mirrored(digits):
     assert not any(mirror for _, _, mirror in moves_found(replace(digits, pad=1), 50))
 
 
+def test_draws_say_how_an_image_moves(digits):
+    """With pad 1: first down or up, then right or left, then the mirror."""
+    image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
+    dataset = replace(digits, flip=True, pad=1)
+    for draw, move in {
+        (1, 1, 0): (0, 0, False),
+        (0, 1, 0): (1, 0, False),
+        (1, 2, 0): (0, -1, False),
+        (2, 0, 1): (-1, -1, True),  # the mirror turns the shift round
+    }.items():
+        [result] = data.augmented(image, torch.tensor([draw]), dataset).tolist()
+        assert result == moved(image[0].tolist(), *move)
+
+
+def test_first_images_of_each_split(digits):
+    few = digits.first(300)
+    assert (len(few.train), len(few.validation), len(few.test)) == (300, 143, 300)
+    assert torch.equal(few.test.images, digits.test.images[:300])
+    assert torch.equal(few.test.labels, digits.test.labels[:300])
+
+
 def test_augmentation_follows_from_the_generator_alone(digits):
     images = digits.train.images[:16]
     before = images.clone()
 
     def draw(seed):
-        return data.augmented(images, digits, torch.Generator().manual_seed(seed))
+        return data.augmented(images, data.draw_augmentations(16, digits, torch.Generator().manual_seed(seed)), digits)
 
     first = draw(1)
     torch.rand(3)

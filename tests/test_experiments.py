@@ -65,8 +65,15 @@ def test_spelling_of_the_pattern_does_not_change_the_id():
 
 
 CHANGES = {
-    Recipe: {"epochs": 2, "batch_size": 16, "lr": 0.2, "weight_decay": 0.0, "precision": "bf16"},
-    Dense: {"dataset": "cifar10", "recipe": Recipe(epochs=9), "width": 0.125, "hidden": (8,), "seed": 1},
+    Recipe: {
+        "epochs": 2,
+        "batch_size": 16,
+        "lr": 0.2,
+        "weight_decay": 0.0,
+        "precision": "bf16",
+        "label_smoothing": 0.1,
+    },
+    Dense: {"dataset": "cifar10", "recipe": Recipe(epochs=9), "width": 0.125, "hidden": (8,), "seed": 1, "images": 9},
     Pruned: {
         "dense": replace(DENSE, seed=1),
         "pattern": "Balanced(4) & Block(4, 8)",
@@ -295,13 +302,13 @@ def test_gradual_masks_of_the_network_freeze_at_two_thirds(folder, monkeypatch):
     """From then on a weight that is zero stays zero, and none is added."""
     fit, snapshots = training.fit, []
 
-    def watched(model, *args, prune=None, **kwargs):
+    def watched(model, *args, masks_at=None, **kwargs):
         def watching(progress):
-            masks = prune(progress)
+            masks = masks_at(progress)
             snapshots.append((progress, torch.cat([mask.flatten() for mask in masks.values()])))
             return masks
 
-        return fit(model, *args, prune=prune and watching, **kwargs)
+        return fit(model, *args, masks_at=masks_at and watching, **kwargs)
 
     monkeypatch.setattr(training, "fit", watched)
     fast = replace(DENSE, recipe=replace(DENSE.recipe, lr=0.3))  # steps so large that a new ranking would differ

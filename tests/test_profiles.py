@@ -1,11 +1,12 @@
 """Profiles list the experiments of a reproduction, and a typo in one shows before anything is trained."""
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
 from reprolib import paths, profiles
-from reprolib.experiments import check_target
+from reprolib.experiments import Dense, check_target, epochs
 from reprolib.models import vgg16
 from reprolib.patterns import parse
 from reprolib.pruning import make_masks, prunable, uniform_ratios
@@ -35,7 +36,7 @@ def load(tmp_path, monkeypatch):
 
     def write_and_load(**changes):
         settings = {key: value for key, value in (SETTINGS | changes).items() if value is not None}
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         return profiles.load("mine")
 
     return write_and_load
@@ -58,17 +59,67 @@ def test_method_may_restrict_sparsities_seeds_and_data_sets_and_set_fields(load)
     assert profile.pruned("small", "digits", 0) == profile.pruned("small", "cifar10", 1) == []
 
 
-def test_jobs_do_one_seed_of_everything_first(load):
-    profile = load()
-    assert profile.jobs("methods") == [
-        ("block", "digits", 0),
-        ("block", "cifar10", 0),
-        ("block", "digits", 1),
-        ("hybrid", "digits", 1),
-        ("block", "cifar10", 1),
-        ("hybrid", "cifar10", 1),
+def test_plan_puts_what_tells_most_first(load):
+    """Of each seed: dense, then what decides claims, then the rest, then ablations."""
+    methods = {"vector": {"pattern": "Vector(4)"}, "block": {"pattern": "Block(4, 4)", "sparsities": [0.5, 0.95]}}
+    plan = load(sparsities=[0.9, 0.5], methods=methods).plan()
+    short = [
+        f"{e.dataset} {e.seed}" if isinstance(e, Dense) else f"{e.dense.dataset} {e.dense.seed} {e.method} {e.sparsity}"
+        for e in plan
     ]
-    assert profile.jobs("ablations") == [("small", "cifar10", 0)]
+    assert short == [
+        "digits 0",
+        "cifar10 0",
+        "digits 0 block 0.95",
+        "cifar10 0 block 0.95",
+        "digits 0 vector 0.9",
+        "cifar10 0 vector 0.9",
+        "digits 0 vector 0.5",
+        "digits 0 block 0.5",
+        "cifar10 0 vector 0.5",
+        "cifar10 0 block 0.5",
+        "cifar10 0 block 0.9",  # the ablation
+        "digits 1",
+        "cifar10 1",
+        "digits 1 block 0.95",
+        "cifar10 1 block 0.95",
+        "digits 1 vector 0.9",
+        "cifar10 1 vector 0.9",
+        "digits 1 vector 0.5",
+        "digits 1 block 0.5",
+        "cifar10 1 vector 0.5",
+        "cifar10 1 block 0.5",
+    ]
+
+
+def test_plan_names_an_experiment_once(load):
+    twice = load(ablations={"same": {"pattern": "Block(4, 4)", "sparsities": [0.5]}}).plan()
+    assert len(twice) == len(set(twice)) == len(load(ablations={}).plan())
+
+
+def test_dry_run_has_the_networks_of_its_profile_with_three_steps_each(load):
+    profile = load()
+    dry = profiles.load("mine-dry-run")
+    assert dry == profiles.dry_run(profile) and dry.name == "mine-dry-run"
+    assert [(e.pattern, e.sparsity) for e in dry.asked("methods")] == [
+        (e.pattern, e.sparsity) for e in profile.asked("methods")
+    ]
+    for experiment in dry.plan():
+        dense = experiment if isinstance(experiment, Dense) else experiment.dense
+        assert epochs(experiment) == 3 and dense.images == dense.recipe.batch_size
+    assert not {e.run_id for e in dry.plan()} & {e.run_id for e in profile.plan()}
+
+
+def test_coverage_counts_what_is_trained_and_estimates_the_rest(load):
+    profile = load(datasets=["digits"], ablations={})
+    done = [profile.dense("digits", 0), *profile.pruned("block", "digits", 0)]
+    rows = [{"run_id": e.run_id, "dataset": "digits", "epochs": epochs(e), "wall_time_s": 3600.0} for e in done]
+    table = profiles.coverage(profile, pd.DataFrame(rows))
+    assert table.index.tolist() == [("digits", "dense"), ("digits", "block"), ("digits", "hybrid")]
+    assert table["asked"].tolist() == [2, 4, 2] and table["trained"].tolist() == [1, 2, 0]
+    assert table["missing"].tolist() == ["seed 1", "seed 1: 50, 75 %", "seed 1: 50, 75 %"]
+    # Three hours for 3 + 2 * 2 epochs; 3, 4 and 4 epochs are missing.
+    assert table["hours_left"].tolist() == pytest.approx([9 / 7, 12 / 7, 12 / 7])
 
 
 def test_unknown_profile_is_refused_with_the_choice(load):
@@ -109,9 +160,7 @@ def test_unknown_method_is_refused_with_the_choice(load):
 @pytest.mark.parametrize("name", profiles.names())
 def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed(name):
     profile = profiles.load(name)
-    experiments = [
-        e for section in ("methods", "ablations") for job in profile.jobs(section) for e in profile.pruned(*job)
-    ]
+    experiments = profile.asked("methods") + profile.asked("ablations")
     assert len({e.run_id for e in experiments}) >= len(profile.methods) * len(profile.seeds)
     assert len({e.dense for e in experiments}) == len(profile.seeds) * len(profile.datasets)
 
@@ -121,11 +170,6 @@ def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
     profile = profiles.load(name)
     torch.manual_seed(0)
     layers = prunable(vgg16(10, profile.width, tuple(profile.hidden)))
-    asked = {
-        (experiment.pattern, experiment.sparsity)
-        for section in ("methods", "ablations")
-        for method, dataset, seed in profile.jobs(section)
-        for experiment in profile.pruned(method, dataset, seed)
-    }
+    asked = {(e.pattern, e.sparsity) for e in profile.asked("methods") + profile.asked("ablations")}
     for pattern, sparsity in sorted(asked):
         check_target(parse(pattern), sparsity, make_masks(layers, parse(pattern), uniform_ratios(layers, sparsity)))

@@ -99,19 +99,39 @@ def test_commit_that_looks_like_a_number_stays_text(commit, tmp_path):
     assert records.read_csv(tmp_path / "table.csv")["commit"].to_list() == [commit]
 
 
-def test_joined_table_has_each_run_once_in_an_order_that_the_parts_do_not_decide(tmp_path):
-    rows = [
+@pytest.fixture
+def rows():
+    return [
         {"dataset": "digits", "pattern": "dense", "seed": 0, "run_id": "d"},
         {"dataset": "digits", "pattern": "block", "target_sparsity": 0.9, "seed": 0, "run_id": "b9"},
         {"dataset": "digits", "pattern": "block", "target_sparsity": 0.5, "seed": 0, "run_id": "b5"},
     ]
-    parts = [tmp_path / "one.csv", tmp_path / "two.csv"]
-    records.write_csv(parts[0], pd.DataFrame(rows[:2]))
-    records.write_csv(parts[1], pd.DataFrame([rows[0], rows[2]]))
-    records.join(parts, tmp_path / "all.csv")
-    records.join(parts[::-1], tmp_path / "reversed.csv")
-    assert records.read_csv(tmp_path / "all.csv")["run_id"].tolist() == ["b5", "b9", "d"]
-    assert (tmp_path / "all.csv").read_bytes() == (tmp_path / "reversed.csv").read_bytes()
+
+
+ASKED = ["d", "b5", "b9"]
+
+
+def test_table_has_an_order_of_its_own_and_is_left_alone_when_nothing_changes(tmp_path, rows):
+    path = tmp_path / "table.csv"
+    records.update(path, pd.DataFrame(rows), ASKED)
+    assert records.read_csv(path)["run_id"].tolist() == ["b5", "b9", "d"]
+    written = path.stat().st_mtime_ns
+    records.update(path, pd.DataFrame(rows).iloc[::-1], ASKED)
+    records.update(path, pd.DataFrame(), ASKED)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_table_keeps_rows_of_earlier_runs_that_are_still_asked_for(tmp_path, rows):
+    path = tmp_path / "table.csv"
+    records.update(path, pd.DataFrame(rows), ASKED)
+    records.update(path, pd.DataFrame([rows[1] | {"seed": 7}]), ["d", "b9"])
+    table = records.read_csv(path)
+    assert table["run_id"].tolist() == ["b9", "d"] and table["seed"].tolist() == [7, 0]
+
+
+def test_no_rows_make_no_table(tmp_path):
+    records.update(tmp_path / "table.csv", pd.DataFrame(), [])
+    assert not (tmp_path / "table.csv").exists()
 
 
 def test_missing_table_says_how_to_compute_it(tmp_path):

@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from reprolib import training
 from reprolib.data import Split
 from reprolib.training import (
+    OutOfTime,
+    Position,
     Recipe,
     accuracy_pct,
     dense_lr,
     fine_tuning_lr,
     fit,
     mean_loss,
+    position,
     rewound_lr,
 )
 
@@ -105,38 +109,136 @@ def test_pruned_weights_are_zero_at_every_forward_pass(few_digits, small_net):
         lambda module, _: passes.append((module.training, weight[~mask].abs().max().item()))
     )
 
-    def prune(progress):
-        with torch.no_grad():
-            weight.masked_fill_(~mask, 0.0)
-
-    fit(model, few_digits, SHORT, seed=0, prune=prune)
+    masks = {"2": mask}
+    fit(model, few_digits, SHORT, seed=0, masks_at=lambda progress: masks)
     assert passes == 2 * [*3 * [(True, 0.0)], (False, 0.0)]  # three training batches and one of validation per epoch
     assert (weight[~mask] == 0).all()
     assert (weight[mask] != kept_before).all()
 
 
-def test_masks_hold_before_each_forward_pass_and_behind_each_step(few_digits, small_net, before_each_step):
-    events, progresses, model = [], [], small_net()
-    before_each_step(lambda optimizer: events.append("step"), after=True)
-    model.register_forward_pre_hook(lambda module, _: events.append("forward") if module.training else None)
+def test_new_masks_hold_from_the_forward_pass_of_their_progress_on(few_digits, small_net):
+    """The masks prune one more weight at each step; the network shows how many are zero when it runs."""
+    model, progresses, zeros = small_net(), [], []
+    weight = model[2].weight
+    model.register_forward_pre_hook(
+        lambda module, _: zeros.append(int((weight == 0).sum())) if module.training else None
+    )
 
-    def prune(progress):
-        events.append("prune")
+    def masks_at(progress):
         progresses.append(progress)
+        return {"2": (torch.arange(weight.numel()) >= len(progresses)).view_as(weight)}
 
-    fit(model, few_digits, SHORT, seed=0, prune=prune)
-    assert events == 6 * ["prune", "forward", "step", "prune"]
-    assert progresses == pytest.approx([0, 0, 1 / 6, 1 / 6, 2 / 6, 2 / 6, 3 / 6, 3 / 6, 4 / 6, 4 / 6, 5 / 6, 5 / 6])
+    fit(model, few_digits, SHORT, seed=0, masks_at=masks_at)
+    assert progresses == pytest.approx([step / 6 for step in range(6)])
+    assert zeros == [1, 2, 3, 4, 5, 6] and int((weight == 0).sum()) == 6
+
+
+def test_weight_that_a_later_mask_keeps_again_grows_back(few_digits, small_net):
+    model = small_net()
+    weight = model[2].weight
+    all_of_it = torch.ones_like(weight, dtype=torch.bool)
+    early, late = {"2": all_of_it.index_fill(1, torch.tensor([0]), False)}, {"2": all_of_it}
+    fit(model, few_digits, SHORT, seed=0, masks_at=lambda progress: early)
+    assert (weight[:, 0] == 0).all()
+    fit(model, few_digits, SHORT, seed=0, masks_at=lambda progress: early if progress < 0.5 else late)
+    assert (weight[:, 0] != 0).any()
 
 
 def test_penalty_pulls_on_the_weights_and_stays_out_of_the_reported_loss(few_digits, small_net):
     plain, curve = trained(small_net(), few_digits)
-    constant, same_curve = trained(small_net(), few_digits, penalty=lambda progress: 1000.0)
+    constant, same_curve = trained(small_net(), few_digits, penalty=lambda: torch.tensor(1000.0))
     assert torch.equal(plain, constant) and curve == same_curve  # a constant has no gradient
     model = small_net()
-    shrunk, _ = trained(model, few_digits, penalty=lambda progress: 2 * model[2].weight.square().sum())
+    shrunk, _ = trained(model, few_digits, penalty=lambda: 2 * model[2].weight.square().sum())
     assert model[2].weight.norm() < 0.5 * small_net()[2].weight.norm()
     assert shrunk.isfinite().all()
+
+
+def test_penalty_ends_when_it_is_told(few_digits, small_net):
+    calls = []
+
+    def penalty():
+        calls.append(1)
+        return torch.tensor(0.0)
+
+    fit(small_net(), few_digits, SHORT, seed=0, penalty=penalty, penalty_until=0.5)
+    assert len(calls) == 3  # of six steps
+
+
+def test_label_smoothing_gives_every_class_its_share(few_digits):
+    """The mean loss of constant logits (2, 0, ..., 0), by hand: -log softmax, weighted by the smoothed targets."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([2.0] + 9 * [0.0]))
+    labels = torch.zeros_like(few_digits.train.labels)
+    dataset = replace(few_digits, train=Split(few_digits.train.images, labels))
+    recipe = Recipe(epochs=1, batch_size=96, lr=0.0, label_smoothing=0.1)
+    [row] = fit(model, dataset, recipe, seed=0)
+    normaliser = math.log(math.exp(2) + 9)
+    assert row["loss_train"] == pytest.approx(0.91 * (normaliser - 2) + 0.09 * normaliser)
+
+
+# --- Stopping and going on --------------------------------------------------------------------------------------------
+
+
+def interrupted(model, dataset, checkpoint, steps, **options):
+    """Train in pieces of so many steps; return the curve and how often it stopped."""
+    clock, stops = [0.0], 0
+
+    def count(module, _):
+        if module.training:
+            clock[0] += 1
+
+    handle = model.register_forward_pre_hook(count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.time, "time", lambda: clock[0])
+        while True:
+            try:
+                deadline = clock[0] + steps - 0.5
+                curve = fit(model, dataset, SHORT, seed=0, checkpoint=checkpoint, deadline=deadline, **options)
+            except OutOfTime:
+                stops += 1
+                with torch.no_grad():  # what is in memory is lost
+                    for tensor in model.state_dict().values():
+                        tensor.zero_()
+            else:
+                handle.remove()
+                return curve, stops
+
+
+@pytest.mark.parametrize(("steps", "stops"), [(1, 6), (2, 3), (4, 1)])
+def test_stopped_training_goes_on_to_the_same_bits(few_digits, tmp_path, steps, stops):
+    def net():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    masks = {"4": torch.rand(10, 512, generator=torch.Generator().manual_seed(0)) < 0.5}
+    whole, pieces = net(), net()
+    curve = fit(whole, few_digits, SHORT, seed=0, masks_at=lambda progress: masks)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    again, stopped = interrupted(pieces, few_digits, checkpoint, steps, masks_at=lambda progress: masks)
+    assert stopped == stops and again == curve
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, pieces.state_dict()[name]), name
+
+
+def test_checkpoint_says_where_training_stands(few_digits, small_net, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    assert position(checkpoint) == Position()
+    with pytest.raises(OutOfTime, match="run 7: out of time in epoch 1 of 2"):
+        fit(small_net(), few_digits, SHORT, seed=0, checkpoint=checkpoint, deadline=0.0, label="run 7")
+    stands = position(checkpoint)
+    assert (stands.epoch, stands.step, stands.progress) == (0, 1, pytest.approx(1 / 6))
+    assert 0 < stands.wall_time_s < 60
+
+
+def test_checkpoint_is_written_while_it_trains(few_digits, small_net, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", 0.0)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(small_net(), few_digits, SHORT, seed=0, checkpoint=checkpoint)
+    assert position(checkpoint).progress == 1.0  # the last step
 
 
 # --- Learning rates ---------------------------------------------------------------------------------------------------
@@ -165,7 +267,7 @@ def test_fine_tuning_is_constant_at_a_hundredth_of_the_peak():
 
 def test_optimizer_gets_the_scheduled_rate_at_each_step(few_digits, small_net, before_each_step):
     rates = []
-    before_each_step(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
+    before_each_step(lambda optimizer: rates.append(float(optimizer.param_groups[0]["lr"])))
     fit(small_net(), few_digits, replace(SHORT, lr=0.2), seed=0, lr_at=lambda progress: 1 - progress)
     assert rates == pytest.approx([0.2, 0.2 * 5 / 6, 0.2 * 4 / 6, 0.1, 0.2 * 2 / 6, 0.2 / 6])
 
@@ -187,7 +289,7 @@ def test_diverging_training_stops_with_a_lower_rate_as_advice(few_digits, small_
 
 
 def test_divergence_in_the_last_step_is_noticed(few_digits, small_net):
-    one_step = Recipe(epochs=1, batch_size=96, lr=1e39)
+    one_step = Recipe(epochs=1, batch_size=96, lr=3e38, weight_decay=1e3)
     with pytest.raises(ValueError, match="diverged in epoch 1"):
         fit(small_net(), few_digits, one_step, seed=0, lr_at=lambda progress: 1.0)
 
@@ -208,6 +310,7 @@ def test_batch_larger_than_the_training_split_is_refused(few_digits, small_net):
     [
         ({"epochs": 0}, "epochs must be a whole number of at least 1, not 0"),
         ({"epochs": 1, "batch_size": 12.5}, "batch_size must be a whole number of at least 1, not 12.5"),
+        ({"epochs": 1, "label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\), not 1.5"),
         ({"epochs": 1, "precision": "fp8"}, "precision 'fp8' is unknown: use fp32 or bf16"),
     ],
 )
