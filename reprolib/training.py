@@ -250,14 +250,14 @@ def position(checkpoint: Path) -> Position:
 
 
 def _save(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, state: Tensor, total: Tensor, position: Position
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, state: Tensor, total: Tensor, here: Position
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
     tensors |= {"generator": state, "total": total}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    records.write_atomically(checkpoint, save(tensors, {"position": json.dumps(asdict(position))}))
+    records.write_atomically(checkpoint, save(tensors, {"position": json.dumps(asdict(here))}))
 
 
 def _restored(

@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from reprolib import graph, paths, profiles
+from reprolib import experiments, graph, paths, profiles, records
 
 
 def make(*arguments, **environment):
@@ -81,7 +82,7 @@ def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reproduce", "--profile", "huge"], "error: unknown profile 'huge': known are laptop, paper, quick"),
+        (["reproduce", "--profile", "huge"], "error: unknown profile 'huge': known are evening, laptop, paper, quick"),
         (["figures", "--profile", "quick"], "error: no results in "),
         (["sweep", "--notebook", "02", "--grid", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -100,10 +101,106 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.parametrize("profile", profiles.names())
 def test_graph_of_every_profile_can_be_planned(profile, tmp_path):
+    for table in (paths.accuracy_csv, paths.ablations_csv):
+        path = tmp_path / table(profile).relative_to(paths.home())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
     command = [sys.executable, "-m", "snakemake", "all", "--dry-run", "--snakefile", paths.ROOT / "Snakefile"]
     command += ["--directory", tmp_path, "--config", f"profile={profile}"]
-    planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
+    planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert planned.returncode == 0, planned.stdout + planned.stderr
+
+
+# --- Reproducing ------------------------------------------------------------------------------------------------------
+
+
+def test_budget_trains_draws_and_goes_on(tmp_path):
+    """A dry run of the quick profile, in two parts: rows of the first part stay, whatever becomes of its folders."""
+
+    def reproduce():
+        return make("reproduce", "--profile", "quick-dry-run", "--budget", "4m", REPROLIB_HOME=str(tmp_path))
+
+    results, drawn = tmp_path / "results" / "quick-dry-run", tmp_path / "figures" / "quick-dry-run"
+    plan = profiles.load("quick-dry-run").plan()
+    done = reproduce()
+    assert done.returncode == 0, done.stderr
+    accuracy = pd.read_csv(results / "accuracy.csv")
+    assert len(accuracy) + len(pd.read_csv(results / "ablations.csv")) >= len(plan)
+    assert (drawn / "accuracy_vs_sparsity.svg").exists() and not (drawn / "roofline.svg").exists()
+    claims = pd.read_csv(results / "claims.csv").set_index("claim")
+    assert claims.loc[4, "verdict"] == "no data" and "make bench" in claims.loc[4, "remark"]
+
+    shutil.rmtree(results / "runs" / plan[-1].run_id)
+    shutil.rmtree(results / "runs" / accuracy["run_id"][0])
+    assert reproduce().returncode == 0
+    assert len(pd.read_csv(results / "accuracy.csv")) == len(accuracy)
+    assert all(experiments.is_done(experiment, results / "runs") for experiment in plan)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])
+def test_budget_is_a_time(text, seconds):
+    assert graph._seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("20", "'20' is not understood: write 90s, 20m or 1h30m"), ("2m", "a budget of 120 s is too short")],
+)
+def test_wrong_budget_is_refused(budget, message, tmp_path):
+    done = make("reproduce", "--profile", "quick", "--budget", budget, REPROLIB_HOME=str(tmp_path))
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_tables_hold_what_has_a_record_and_keep_earlier_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    profile = profiles.load("quick-dry-run")
+    dense, pruned = profile.plan()[0], profile.asked("methods")[0]
+    graph.write_tables(profile)
+    assert not paths.accuracy_csv(profile.name).exists()
+    experiments.run(dense, paths.runs(profile.name))
+    graph.write_tables(profile)
+    shutil.rmtree(paths.runs(profile.name) / dense.run_id)
+    experiments.run(pruned, paths.runs(profile.name))
+    shutil.rmtree(paths.runs(profile.name) / dense.run_id)
+    graph.write_tables(profile)
+    assert records.read_csv(paths.accuracy_csv(profile.name))["run_id"].tolist() == [dense.run_id, pruned.run_id]
+    assert not paths.ablations_csv(profile.name).exists()
+
+
+def test_only_what_the_tables_allow_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(
+        graph, "_snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
+    )
+    for table in (paths.accuracy_csv, paths.latency_csv):
+        table("quick").parent.mkdir(parents=True, exist_ok=True)
+        table("quick").write_text("")
+        graph.draw("quick", 1, None)
+    (first, without), (second, with_latency) = asked
+    assert first[: first.index("--forcerun")] == ["anatomy", "accuracy_figure", "claims"]
+    assert second[: second.index("--forcerun")] == [
+        "anatomy",
+        "accuracy_figure",
+        "kernel_figures",
+        "latency_figure",
+        "claims",
+    ]
+    assert (without["latency"], with_latency["latency"]) == (False, True)
+
+
+def test_progress_counts_epochs_and_tells_of_networks_that_got_done(tmp_path, capsys):
+    profile = profiles.load("quick-dry-run")
+    plan = profile.plan()[:1] + profile.asked("methods")[:1]
+    done = graph._epochs_done(plan, tmp_path)
+    assert done() == 0
+    experiments.run(plan[1], tmp_path)  # and the dense one before it
+    assert done() == 6
+    told = capsys.readouterr().err
+    assert "digits, seed 0, dense: accuracy" in told and "digits, seed 0, unstructured at 75.0 %: accuracy" in told
+    assert graph._epochs_done(plan, tmp_path)() == 6
+    assert "unstructured" not in capsys.readouterr().err  # known before
 
 
 def test_a_second_run_follows_the_first_and_then_gets_the_lock(tmp_path):
@@ -124,10 +221,9 @@ def test_a_second_run_follows_the_first_and_then_gets_the_lock(tmp_path):
 
 
 def test_profile_follows_the_hardware(monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(graph, "_snakemake", lambda *arguments: asked.append(arguments[-1]["profile"]))
+    chosen = []
     for usable in (False, True):
         monkeypatch.setattr(graph.torch.cuda, "is_available", lambda usable=usable: usable)
-        graph.reproduce(None, cores=2)
-    assert asked == ["quick", "paper"]
+        chosen.append(graph._profile("").name)
+    assert chosen == ["quick", "paper"]
     assert "PROFILE=quick, because no GPU is usable here" in capsys.readouterr().out

@@ -1,15 +1,18 @@
 """Training repeats bit for bit, keeps to its schedules, and never lets a pruned weight live."""
 
+import json
 import math
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from reprolib import training
+from reprolib import records, training
 from reprolib.data import Split
 from reprolib.training import (
     OutOfTime,
@@ -232,6 +235,26 @@ def test_checkpoint_says_where_training_stands(few_digits, small_net, tmp_path):
     stands = position(checkpoint)
     assert (stands.epoch, stands.step, stands.progress) == (0, 1, pytest.approx(1 / 6))
     assert 0 < stands.wall_time_s < 60
+
+
+def test_position_can_be_read_while_the_checkpoint_is_replaced(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    done = threading.Event()
+
+    def replace_it():
+        for epoch in range(200):
+            here = json.dumps({"epoch": epoch, "curve": epoch % 7 * [1]})
+            records.write_atomically(checkpoint, save({"x": torch.zeros(epoch)}, {"position": here}))
+        checkpoint.unlink()
+        done.set()
+
+    writer = threading.Thread(target=replace_it)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(position(checkpoint).epoch)
+    writer.join()
+    assert len(seen) > 1 and position(checkpoint) == Position()
 
 
 def test_checkpoint_is_written_while_it_trains(few_digits, small_net, tmp_path, monkeypatch):

@@ -1,0 +1,63 @@
+"""Worker processes train a plan: dense networks first, errors do not stop the others, and a deadline does."""
+
+import os
+import time
+
+import pytest
+
+from reprolib import experiments, training, workers
+from reprolib.experiments import Dense, Pruned
+from reprolib.training import Recipe
+
+DENSE = Dense("digits", Recipe(epochs=1, batch_size=32), width=0.0625, images=64)
+PRUNED = Pruned(DENSE, "Block(2, 2)", 0.5, epochs=1)
+
+
+def train(plan, folder, **options):
+    return workers.train(plan, folder, **{"workers": 2, "threads": 1} | options)
+
+
+class Deadly(Dense):
+    """Ends the process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_plan_is_trained_once_and_what_fails_is_named(tmp_path):
+    impossible = Pruned(DENSE, "Balanced(4)", 0.98, epochs=1)
+    other = Dense("digits", DENSE.recipe, DENSE.width, seed=1, images=64)
+    looks = []
+    plan = [DENSE, PRUNED, impossible, other]
+    [error] = train(plan, tmp_path / "runs", look=lambda: looks.append(1))
+    assert error.startswith("digits, seed 0, balanced at 98 %: Balanced(4) reaches 75.00 % sparsity")
+    assert [experiments.is_done(experiment, tmp_path / "runs") for experiment in plan] == [True, True, False, True]
+    assert looks
+    assert "digits, seed 1, dense: 100%" in (tmp_path / "training.log").read_text()
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    assert len(train(plan, tmp_path / "runs")) == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")} == written
+
+
+def test_process_that_dies_is_reported_and_the_others_go_on(tmp_path):
+    deadly = Deadly("digits", DENSE.recipe, DENSE.width, seed=9)
+    [error] = train([deadly, DENSE], tmp_path / "runs")
+    assert error.startswith("digits, seed 9, dense: its process died (see ")
+    assert experiments.is_done(DENSE, tmp_path / "runs")
+
+
+def test_deadline_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    started = time.time()
+    assert train([endless, PRUNED], tmp_path, workers=1, deadline=started + 12) == []
+    assert 12 <= time.time() - started < 12 + workers.GRACE_S
+    stands = training.position(tmp_path / endless.run_id / experiments.CHECKPOINT)
+    assert 0 < stands.progress < 1 and 0 < stands.wall_time_s < 12
+    assert experiments.epochs_done(endless, tmp_path) == pytest.approx(10**6 * stands.progress)
+    assert not experiments.is_done(endless, tmp_path) and not experiments.is_done(DENSE, tmp_path)
+
+
+def test_nothing_starts_behind_the_deadline(tmp_path):
+    assert train([DENSE], tmp_path, deadline=time.time() - 1) == []
+    assert not list(tmp_path.rglob("*.safetensors"))
