@@ -59,7 +59,7 @@ else:  # make reproduce, make figures: one profile
             f"{EXECUTED}/02.ipynb",
             f"{RESULTS}/claims.csv",
             drawn("mask_anatomy", "accuracy_vs_sparsity", "claims"),
-            drawn("bank_block", "variations") if ABLATIONS else [],
+            drawn("bank_block", "variations", "retraining_budget") if ABLATIONS else [],
             drawn("roofline", "latency_vs_sparsity", "accuracy_vs_latency"),
             tabled("accuracy", "latency", "claims"),
 
@@ -137,7 +137,7 @@ else:  # make reproduce, make figures: one profile
             ABLATIONS,
             notebook=paths.notebook("04"),
         output:
-            drawn("bank_block", "variations"),
+            drawn("bank_block", "variations", "retraining_budget"),
             notebook=f"{EXECUTED}/04.ipynb",
         params:
             json=parameters,

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from reprolib import data, pruning, records, training
+from reprolib import data, pruning, records, storage, training
 from reprolib.models import layer_flops, vgg16
 from reprolib.patterns import Balanced, Block, Pattern, fitting_bank, parse, sizes
 from reprolib.training import Recipe
@@ -139,10 +138,10 @@ def _non_default(value):
 def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) -> dict:
     """The experiment's record, from `folder` if it is there, else computed and written there.
 
-    The folder of a run holds ``record.json`` and the network's ``weights.safetensors``; while it trains, and when it
-    was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask for the same experiment
-    compute it once: the second waits. Raises training.OutOfTime when `time.time()` passes `deadline`, ValueError for
-    what can't be computed as asked, and OSError where the folder can't be written.
+    The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (see `reprolib.storage`); while
+    it trains, and when it was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask for
+    the same experiment compute it once: the second waits. Raises training.OutOfTime when `time.time()` passes
+    `deadline`, ValueError for what can't be computed as asked, and OSError where the folder can't be written.
     """
     path = folder / experiment.run_id / "record.json"
     if path.exists():
@@ -157,7 +156,7 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
         started = time.perf_counter() - training.position(checkpoint).wall_time_s
         compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
-        _save(model, path.parent / "weights.safetensors")
+        storage.write(path.parent / "weights.safetensors", model.state_dict())
         record = {
             "experiment": dataclasses.asdict(experiment),
             "row": {"run_id": experiment.run_id} | row,
@@ -193,7 +192,7 @@ def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
         raise FileNotFoundError(f"no weights {path}: delete {path.parent} and run the experiment again")
     dense = experiment.dense if isinstance(experiment, Pruned) else experiment
     model = _new_model(dense)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(storage.read(path))
     return model.eval()
 
 
@@ -203,11 +202,6 @@ def _new_model(dense: Dense) -> nn.Module:
         classes = {"cifar100": 100}.get(dense.dataset, 10)
         model = vgg16(classes, dense.width, tuple(dense.hidden))
     return model.to(training.device(), memory_format=torch.channels_last)
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    records.write_atomically(path, save(tensors))
 
 
 def _dataset(dense: Dense) -> data.Dataset:

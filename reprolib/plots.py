@@ -243,19 +243,25 @@ def bank_block_heatmap(ablations: pd.DataFrame) -> Figure:
 
 
 def plain(frame: pd.DataFrame) -> pd.Series:
-    """Rows that vary nothing but the pattern: default score, schedule, ratios, retraining, no penalty."""
+    """Rows that vary nothing but the pattern: default score, schedule, ratios, retraining, epochs, no penalty."""
     return (
         (frame["score"] == "magnitude")
         & (frame["schedule"] == "gradual")
         & (frame["ratios"] == "uniform")
         & (frame["retraining"] == "lr-rewinding")
+        & (frame["epochs"] == _usual_epochs(frame))
         & (frame["group_lasso"] == 0)
     )
 
 
+def _usual_epochs(ablations: pd.DataFrame) -> int:
+    """The epochs of retraining that most networks have."""
+    return int(ablations["epochs"].mode()[0])
+
+
 def variations(ablations: pd.DataFrame, default_spec: str) -> pd.DataFrame:
     """The rows that differ from the plain `default_spec` in one thing, with a column `variation` that names it."""
-    rows = ablations.copy()
+    rows, usual_epochs = ablations.copy(), _usual_epochs(ablations)
 
     def name(row) -> str | None:
         if row["pattern"] != "hybrid":
@@ -267,6 +273,8 @@ def variations(ablations: pd.DataFrame, default_spec: str) -> pd.DataFrame:
             changed.append(row["retraining"])
         if row["ratios"] != "uniform":
             changed.append(f"{row['ratios']} ratios")
+        if row["epochs"] != usual_epochs:
+            changed.append(f"{row['epochs']} epochs")
         if "split=" in row["spec"]:
             changed.append("split " + row["spec"].split("split=")[1].rstrip(")"))
         if row["spec"] == default_spec and not changed:
@@ -297,6 +305,25 @@ def variation_dots(rows: pd.DataFrame) -> Figure:
     )
     axis.set(xlabel="test accuracy (%)", ylabel="", title=f"hybrid at {_sparsity_text(rows)} sparsity")
     axis.grid(axis="y", alpha=0.4)
+    return figure
+
+
+def retraining_budget(rows: pd.DataFrame) -> Figure:
+    """Accuracy over epochs of retraining, out of `variations`: validation, which may decide, and test beside it."""
+    longer = rows[(rows["variation"] == "default") | rows["variation"].str.endswith(" epochs")]
+    means = longer.groupby("epochs")[["accuracy_validation_pct", "accuracy_pct"]].mean()
+    color = STYLE["hybrid"][0]
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    axis.plot(means.index, means["accuracy_validation_pct"], marker="o", color=color, label="validation")
+    axis.plot(means.index, means["accuracy_pct"], marker="o", color=color, mfc="white", linestyle="--", label="test")
+    axis.axvline(
+        longer.loc[longer["variation"] == "default", "epochs"].mean(), color="#888888", linewidth=1, linestyle=":"
+    )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(means.index, [str(epochs) for epochs in means.index], minor=False)
+    title = f"hybrid at {_sparsity_text(longer)} sparsity"
+    axis.set(xlabel="epochs of retraining (dotted: the profile's)", ylabel="accuracy (%)", title=title)
+    axis.legend(frameon=False)
     return figure
 
 

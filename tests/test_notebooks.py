@@ -34,7 +34,7 @@ FILES = {
     "01": [],
     "02": [],
     "03": ["figures/laptop/accuracy_vs_sparsity.svg", "figures/laptop/accuracy.md", "figures/laptop/accuracy.tex"],
-    "04": ["figures/laptop/bank_block.svg", "figures/laptop/variations.svg"],
+    "04": [f"figures/laptop/{name}.svg" for name in ("bank_block", "variations", "retraining_budget")],
     "05": [
         "figures/laptop/roofline.svg",
         "figures/laptop/latency_vs_sparsity.svg",

@@ -101,6 +101,7 @@ def test_heat_map_holds_the_cells_of_plain_hybrids():
         "retraining": "lr-rewinding",
         "group_lasso": 0.0,
         "target_sparsity": 0.95,
+        "epochs": 4,
     }
     rows = [
         {
@@ -114,6 +115,7 @@ def test_heat_map_holds_the_cells_of_plain_hybrids():
         for block in (16, 32)
     ]
     rows.append(rows[0] | {"schedule": "one-shot", "accuracy_pct": -99})
+    rows.append(rows[0] | {"epochs": 8, "accuracy_pct": -99})
     axis = plots.bank_block_heatmap(pd.DataFrame(rows)).axes[0]
     assert [text.get_text() for text in axis.texts] == ["24.00", "40.00", "20.00", "36.00"]
 
@@ -125,9 +127,12 @@ def test_variations_name_the_one_thing_that_differs():
         "schedule": "gradual",
         "ratios": "uniform",
         "retraining": "lr-rewinding",
+        "epochs": 4,
     }
     rows = [
         base,
+        base | {"epochs": 8},
+        base | {"epochs": 8, "schedule": "one-shot"},  # two things
         base | {"schedule": "one-shot"},
         base | {"spec": "Hybrid(Balanced(4), Block(4, 4), split=0.25)"},
         base | {"retraining": "fine-tuning"},
@@ -136,7 +141,24 @@ def test_variations_name_the_one_thing_that_differs():
         base | {"pattern": "block", "spec": "Block(4, 4)"},
     ]
     named = plots.variations(pd.DataFrame(rows), "Balanced(4) & Block(4, 4)")
-    assert named["variation"].to_list() == ["default", "one-shot schedule", "split 0.25", "fine-tuning"]
+    assert named["variation"].to_list() == ["default", "8 epochs", "one-shot schedule", "split 0.25", "fine-tuning"]
+
+
+def test_budget_curve_goes_over_the_epochs_of_default_hybrids():
+    rows = [
+        {"variation": name, "epochs": epochs, "accuracy_validation_pct": validation, "accuracy_pct": test}
+        for name, epochs, validation, test in (
+            ("8 epochs", 8, 77.0, 76.0),
+            ("default", 4, 75.0, 74.0),
+            ("one-shot schedule", 4, 10.0, 10.0),
+            ("default", 4, 76.0, 75.0),
+        )
+    ]
+    axis = plots.retraining_budget(pd.DataFrame(rows).assign(target_sparsity=0.95)).axes[0]
+    validation, test, profile = axis.lines
+    assert validation.get_xydata().tolist() == [[4, 75.5], [8, 77.0]]
+    assert test.get_xydata().tolist() == [[4, 74.5], [8, 76.0]]
+    assert profile.get_xdata()[0] == 4
 
 
 def test_forest_draws_every_interval(accuracy):

@@ -264,6 +264,37 @@ def test_checkpoint_is_written_while_it_trains(few_digits, small_net, tmp_path, 
     assert position(checkpoint).progress == 1.0  # the last step
 
 
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_do_what_single_launches_do(few_digits, small_net, monkeypatch):
+    """Twelve steps: eager, captured, replayed, with masks that change and a penalty that ends."""
+    dataset, recipe = few_digits.to("cuda"), Recipe(epochs=4, batch_size=32, lr=0.02)
+
+    def curve():
+        model = small_net().cuda()
+        weight = model[2].weight
+        masks = [{"2": torch.rand(weight.shape, device="cuda", generator=chance) < 0.5} for _ in range(2)]
+        rows = fit(
+            model,
+            dataset,
+            recipe,
+            seed=0,
+            masks_at=lambda progress: masks[progress >= 0.5],
+            penalty=lambda: 1e-3 * weight.square().sum(),
+            penalty_until=0.6,
+        )
+        assert (weight[~masks[1]["2"]] == 0).all()
+        return [row["loss_train"] for row in rows]
+
+    chance = torch.Generator("cuda").manual_seed(0)
+    captured = curve()
+    monkeypatch.setattr(training, "_captured", lambda step: step)
+    chance.manual_seed(0)
+    assert captured == pytest.approx(curve(), rel=1e-3)
+
+
 # --- Learning rates ---------------------------------------------------------------------------------------------------
 
 
