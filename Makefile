@@ -45,7 +45,7 @@ sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 
 bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu or cuda; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench masks
-	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
+	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop)) $(if $(BUDGET),--budget $(BUDGET))
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))

@@ -8,6 +8,7 @@ python -m reprolib.bench training --profile laptop --device cpu
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from reprolib import latency, profiles, pruning, records, throughput
+from reprolib.deadline import OutOfTime, seconds
 from reprolib.models import vgg16
 from reprolib.patterns import Pattern, parse
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--profile", default="laptop", help="whose networks to time or to train")
     parser.add_argument("--device", default="cpu", choices=list(latency.BATCHES))
     parser.add_argument("--own", action="store_true", help="the profile's networks only, without the survey")
+    parser.add_argument("--budget", type=seconds, default=math.inf, help="of latency: such as 9m; ask again to go on")
     parser.add_argument("--output", type=Path, help="where the table goes, if not below results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -49,15 +52,17 @@ def main() -> None:
             print_mask_times(arguments.threads)
             return
         profile, device = profiles.load(arguments.profile), arguments.device
+        output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
         if arguments.what == "latency":
-            table = latency.benchmark(profile, device, survey=not arguments.own)
+            latency.benchmark(profile, device, not arguments.own, output, time.time() + arguments.budget)
         else:
             table = throughput.benchmark(profile, device)
             columns = ["loop", "pattern", "precision", "networks", "threads", "images_per_s", "share_of_peak"]
             print(table[[*columns, "convolutions_share"]].to_string(index=False, float_format="{:.2f}".format))
-        output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
-        records.write_csv(output, table)
+            records.write_csv(output, table)
         print(f"written: {output}")
+    except OutOfTime as stop:
+        print(stop)
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -140,7 +140,7 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
 
     The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (see `reprolib.storage`); while
     it trains, and when it was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask for
-    the same experiment compute it once: the second waits. Raises training.OutOfTime when `time.time()` passes
+    the same experiment compute it once: the second waits. Raises deadline.OutOfTime when `time.time()` passes
     `deadline`, ValueError for what can't be computed as asked, and OSError where the folder can't be written.
     """
     path = folder / experiment.run_id / "record.json"

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import yaml
 from tqdm import tqdm
 
 from reprolib import experiments, notebooks, paths, profiles, records, workers
+from reprolib.deadline import seconds
 from reprolib.experiments import Dense, Pruned
 from reprolib.profiles import Profile
 
@@ -260,14 +260,6 @@ def _profile(name: str) -> Profile:
     return profiles.load(name)
 
 
-def _seconds(text: str) -> float:
-    """Seconds of a time such as 90s, 20m or 1h30m."""
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not (text and parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not understood: write 90s, 20m or 1h30m")
-    return sum(int(number or 0) * unit_s for number, unit_s in zip(parts.groups(), (3600, 60, 1), strict=True))
-
-
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -275,7 +267,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     reproducing = commands.add_parser("reproduce")
     reproducing.add_argument("--profile", default="")
-    reproducing.add_argument("--budget", type=_seconds, default=math.inf, help="such as 20m or 1h30m")
+    reproducing.add_argument("--budget", type=seconds, default=math.inf, help="such as 20m or 1h30m")
     commands.add_parser("figures").add_argument("--profile", default="quick")
     sweeping = commands.add_parser("sweep")
     sweeping.add_argument("--notebook", required=True)

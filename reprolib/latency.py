@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from torch.nn.utils import fusion
 from tqdm.auto import tqdm
 
 from reprolib import paths, pruning, records, sparse
+from reprolib.deadline import OutOfTime
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
 from reprolib.profiles import Profile
@@ -36,6 +38,7 @@ ROUNDS = 9
 SEEDS = 5  # networks per pattern and sparsity: the intervals of claim 4 are over them
 INPUTS = 4  # that take turns
 SPARSE = "sparse kernels"
+CONTEST = ["scope", "name", "batch", "seed"]  # what is measured together
 
 # The survey, at full width. Balanced(64) is the shortest bank that expresses all sparsities.
 PATTERNS = {
@@ -85,8 +88,11 @@ class Contender:
 # --- What is measured -----------------------------------------------------------------------------------------------
 
 
-def benchmark(profile: Profile, device: str, survey: bool) -> pd.DataFrame:
-    """Latencies of the profile's networks, with `survey` also of full-width VGG-16 and of its layers.
+def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadline: float = math.inf) -> None:
+    """Latencies of the profile's networks, with `survey` also of full-width VGG-16 and of its layers, as a CSV table.
+
+    The table appears in `output` when all of it is measured. Until then ``<output>.partial`` beside it holds what is:
+    asking again, with the same code on the same machine, goes on from there.
 
     One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
     the layers), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
@@ -94,22 +100,44 @@ def benchmark(profile: Profile, device: str, survey: bool) -> pd.DataFrame:
     dense one of the same name, batch, seed and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind
     (measured), commit, hardware, threads, torch.
 
-    Raises RuntimeError where the device's kernels can't run.
+    Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """
     if device == "cuda":
         cuda.require()
-    rows = []
-    with torch.inference_mode():
-        plan = list(_contests(profile, device, survey))
-        for name, contestants in tqdm(plan, desc=f"latency on {device}", unit="contest"):
-            rows += [name | row for row in _measure(contestants(), device)]
-    table = pd.DataFrame(rows)
-    groups = ["scope", "name", "batch", "seed"]
-    reference = table[(table["pattern"] == "dense") & (table["dtype"] == ("fp32" if device == "cpu" else "fp16"))]
-    best = reference[reference["implementation"] != SPARSE].groupby(groups)["latency_us"].min().rename("best")
-    table["speedup"] = table.join(best, on=groups)["best"] / table["latency_us"]
     where = {"commit": records.commit(), "hardware": records.hardware(), "threads": torch.get_num_threads()}
-    return table.assign(kind="measured", **where, torch=torch.__version__)
+    where |= {"torch": torch.__version__}
+    partial_path = output.with_name(output.name + ".partial")
+    table = _continued(partial_path, where)
+    plan = list(_contests(profile, device, survey))
+    if not table.empty:
+        measured = set(table[CONTEST].itertuples(index=False, name=None))
+        plan = [(name, prepare) for name, prepare in plan if tuple(name[key] for key in CONTEST) not in measured]
+    for name, prepare in tqdm(plan, desc=f"latency on {device}", unit="contest"):
+        if time.time() > deadline:
+            raise OutOfTime(f"out of time: what is measured is kept in {partial_path}; ask again to go on")
+        with torch.inference_mode():
+            rows = pd.DataFrame([name | row for row in _measure(prepare(), device)])
+        rows["speedup"] = _best_dense_us(rows, device) / rows["latency_us"]
+        rows = rows.assign(kind="measured", **where)
+        table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+        records.write_csv(partial_path, table)
+    records.write_csv(output, table)
+    partial_path.unlink(missing_ok=True)
+
+
+def _continued(partial_path: Path, where: dict) -> pd.DataFrame:
+    """What was measured before by the same code on the same machine; else nothing."""
+    if not partial_path.exists():
+        return pd.DataFrame()
+    table = records.read_csv(partial_path)
+    same = all((table[key] == value).all() for key, value in where.items())
+    return table if same and not where["commit"].endswith("+") else pd.DataFrame()
+
+
+def _best_dense_us(rows: pd.DataFrame, device: str) -> float:
+    """Latency of the fastest dense rival in the type of the kernels; NaN in a contest without one."""
+    dense = (rows["pattern"] == "dense") & (rows["dtype"] == _kernel_type(device))
+    return rows.loc[dense & (rows["implementation"] != SPARSE), "latency_us"].min()
 
 
 def _contests(profile: Profile, device: str, survey: bool) -> Iterator[tuple[dict, Callable[[], list[Contender]]]]:

@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 
 from reprolib import records
 from reprolib.data import Dataset, Split, augmented, draw_augmentations, normalised
+from reprolib.deadline import OutOfTime
 
 WARM_UP = 0.1  # share of the dense schedule in which the learning rate rises
+EVALUATION_BATCH = {"cpu": 500, "cuda": 2500}
 CHECKPOINT_EVERY_S = 120
 EAGER_STEPS = 3  # before a step is captured: lazy initialisation must be over by then
 FINE_TUNING_LR = 0.01  # of the peak: where a schedule that ends at zero is "at its end"
@@ -78,10 +80,6 @@ def fine_tuning_lr(progress: float) -> float:
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
-
-
-class OutOfTime(Exception):
-    """Training stopped at its deadline."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +292,8 @@ def mean_loss(model: nn.Module, dataset: Dataset, split: Split, precision: str =
 def _mean_over(split: Split, model: nn.Module, dataset: Dataset, precision: str, total_of: Callable) -> float:
     model.eval()
     total = torch.zeros((), device=split.labels.device)
-    for images, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
+    batch = EVALUATION_BATCH[split.labels.device.type]
+    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
         with autocast(images.device, precision):
             logits = model(normalised(images, dataset))
         total += total_of(logits.float(), labels)

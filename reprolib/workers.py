@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reprolib import experiments, training
+from reprolib import experiments
+from reprolib.deadline import OutOfTime
 from reprolib.experiments import Dense, Pruned
 from reprolib.processes import end_with_parent
 
@@ -91,7 +92,7 @@ def _work(pipe: Connection, threads: int, log: Path) -> None:
         try:
             experiments.run(experiment, folder, deadline)
             pipe.send([])
-        except training.OutOfTime:
+        except OutOfTime:
             pipe.send([])
         except (ValueError, OSError, RuntimeError) as error:
             pipe.send([f"{experiment.label}: {error}"])

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from reprolib import experiments, graph, paths, profiles, records
+from reprolib.deadline import seconds
 
 
 def make(*arguments, **environment):
@@ -138,9 +139,9 @@ def test_budget_trains_draws_and_goes_on(tmp_path):
     assert all(experiments.is_done(experiment, results / "runs") for experiment in plan)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])
-def test_budget_is_a_time(text, seconds):
-    assert graph._seconds(text) == seconds
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])
+def test_budget_is_a_time(text, expected):
+    assert seconds(text) == expected
 
 
 @pytest.mark.parametrize(

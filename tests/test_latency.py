@@ -6,18 +6,64 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reprolib import latency, profiles
+from reprolib import latency, profiles, records
+from reprolib.deadline import OutOfTime
 from reprolib.patterns import gemm_view, parse
 
 
 @pytest.fixture(scope="module")
-def table():
+def table(tmp_path_factory):
     """The quick profile's networks, one seed, one batch, two rounds."""
+    output = tmp_path_factory.mktemp("latency") / "latency.csv"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "ROUNDS", 2)
         patch.setattr(latency, "SEEDS", 1)
         patch.setattr(latency, "BATCHES", {"cpu": (2,)})
-        yield latency.benchmark(profiles.load("quick"), "cpu", survey=False)
+        latency.benchmark(profiles.load("quick"), "cpu", False, output)
+        yield records.read_csv(output)
+
+
+def contest(seed, calls):
+    """A contest of one dense rival and one of ours, which notes that it was prepared."""
+    name = {"scope": "network", "name": "net", "width": 1.0, "batch": 1, "seed": seed, "device": "cpu"}
+
+    def prepare():
+        calls.append(seed)
+        rivals = (
+            latency.Contender("dense", "fp32", lambda: None),
+            latency.Contender(latency.SPARSE, "fp32", lambda: None),
+        )
+        return list(rivals)
+
+    return name, prepare
+
+
+def test_stopped_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(3)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: "abc")
+    output = tmp_path / "latency.csv"
+    with pytest.raises(OutOfTime, match=r"kept in .*latency\.csv\.partial; ask again"):
+        latency.benchmark(None, "cpu", False, output, deadline=1.5)
+    assert calls == [0, 1] and not output.exists()
+    latency.benchmark(None, "cpu", False, output)
+    assert calls == [0, 1, 2]
+    assert records.read_csv(output)["seed"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("commits", [("abc", "def"), ("abc+", "abc+")], ids=["another commit", "changed code"])
+def test_benchmark_of_other_code_starts_anew(commits, tmp_path, monkeypatch):
+    calls, output = [], tmp_path / "latency.csv"
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(2)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: commits[0])
+    with pytest.raises(OutOfTime):
+        latency.benchmark(None, "cpu", False, output, deadline=0.5)
+    monkeypatch.setattr(latency.records, "commit", lambda: commits[1])
+    latency.benchmark(None, "cpu", False, output)
+    assert calls == [0, 0, 1]
 
 
 def test_distinct_masks_of_a_profile():
@@ -109,8 +155,8 @@ def test_gpu_results_lie_below_the_name_of_the_gpu(monkeypatch):
     assert latency.folder(profile, "cpu").name == "quick"
 
 
-def test_cuda_without_a_gpu_says_what_is_missing():
+def test_cuda_without_a_gpu_says_what_is_missing(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="CPU kernels"):
-        latency.benchmark(profiles.load("quick"), "cuda", survey=False)
+        latency.benchmark(profiles.load("quick"), "cuda", False, tmp_path / "latency.csv")

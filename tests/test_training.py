@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from reprolib import records, training
 from reprolib.data import Split
+from reprolib.deadline import OutOfTime
 from reprolib.training import (
-    OutOfTime,
     Position,
     Recipe,
     accuracy_pct,
