@@ -2,7 +2,7 @@
 
 import re
 
-from reprolib import analysis, claims, paths, plots, records
+from reprolib import analysis, claims, paths, plots, records, speed_plots
 
 README = (paths.ROOT / "README.md").read_text()
 
@@ -21,7 +21,7 @@ def test_table_of_claims_holds_the_committed_verdicts():
 
 
 def test_table_of_speeds_holds_the_committed_latencies():
-    table = plots.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
+    table = speed_plots.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
     lines = [line for line in README.splitlines() if line.startswith("| batch ")]
     assert len(lines) >= 10
     for line in lines:
