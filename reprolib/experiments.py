@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -153,6 +152,8 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
         if path.exists():
             return records.read(path)
         checkpoint = path.parent / CHECKPOINT
+        for unfinished in path.parent.glob(".*.safetensors.*"):  # of a process that was ended while it wrote
+            unfinished.unlink()
         started = time.perf_counter() - training.position(checkpoint).wall_time_s
         compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
@@ -182,7 +183,10 @@ def epochs_done(experiment: Dense | Pruned, folder: Path) -> float:
     """Epochs of an experiment that need not be computed any more, as its record or its checkpoint says."""
     if is_done(experiment, folder):
         return epochs(experiment)
-    return epochs(experiment) * training.position(folder / experiment.run_id / CHECKPOINT).progress
+    try:
+        return epochs(experiment) * training.position(folder / experiment.run_id / CHECKPOINT).progress
+    except ValueError:
+        return 0.0  # damaged: whoever trains it says so
 
 
 def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
@@ -212,7 +216,7 @@ def _dataset(dense: Dense) -> data.Dataset:
 def _run_dense(dense: Dense, folder: Path, **limits):
     dataset = _dataset(dense)
     model = _new_model(dense)
-    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
+    curve, _ = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
     accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
     row = _dense_columns(dense) | {
         "sparsity": 0.0,
@@ -234,34 +238,30 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
     weights = pruning.prunable(model, experiment.prune_ends)
     ratios = _ratios(experiment, pattern, weights, model, dataset)
 
-    @lru_cache(maxsize=1)
-    def masks(due: tuple[float, ...]) -> dict[str, Tensor]:
-        """Made from the weights as they are when these sparsities first fall due, then held."""
+    def due_at(progress: float) -> tuple[float, ...]:
+        return tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values())
+
+    def masks_for(due: tuple[float, ...]) -> dict[str, Tensor]:
         sparsities = dict(zip(weights, due, strict=True))
         return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed)
-
-    def masks_at(progress: float) -> dict[str, Tensor]:
-        return masks(tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values()))
 
     def penalty() -> Tensor:
         return experiment.group_lasso * pruning.group_lasso(weights, pattern)
 
     accuracy_pruned = _accuracy_right_after(experiment, pattern, ratios, dataset, folder)
-    curve = training.fit(
+    curve, masks = training.fit(
         model,
         dataset,
         replace(dense.recipe, epochs=experiment.epochs),
         seed=RETRAINING_SEED + dense.seed,
         lr_at=_lr_at(experiment),
-        masks_at=masks_at,
+        schedule=training.MaskSchedule(due_at, masks_for),
         penalty=penalty if experiment.group_lasso else None,
         penalty_until=pruning.PRUNING_PHASE,
         label=experiment.label,
         **limits,
     )
-    final = masks_at(1.0)
-    pruning.apply_masks(weights, final)  # a training of few steps may end before they fall due
-    pruned = sum(int((~mask).sum()) for mask in final.values())
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
     row = _dense_columns(dense) | {
         "pattern": experiment.method,
         "spec": experiment.pattern,
@@ -273,14 +273,14 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         "group_lasso": experiment.group_lasso,
         "prune_ends": experiment.prune_ends,
         "target_sparsity": experiment.sparsity,
-        "sparsity": pruning.achieved_sparsity(final),
+        "sparsity": pruning.achieved_sparsity(masks),
         "sparsity_total": pruned / _parameters(model),
         "accuracy_dense_pct": run(dense, folder)["row"]["accuracy_pct"],
         "accuracy_pruned_pct": accuracy_pruned,
         "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision),
         "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
         "epochs": experiment.epochs,
-        "flops": pruning.remaining_flops(layer_flops(model), final),
+        "flops": pruning.remaining_flops(layer_flops(model), masks),
         "params_kept": _parameters(model) - pruned,
     }
     return row, curve, model

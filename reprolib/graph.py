@@ -64,16 +64,19 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
             )
         missing = sum(not experiments.is_done(experiment, runs) for experiment in plan)
         write_tables(profile)
-        if missing or budget_s < math.inf:
-            draw(profile.name, cores, lock)
-        else:
-            _snakemake(["all"], folder, cores, lock, {"profile": profile.name})
-    if missing:
-        print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
-    print(f"figures and tables: {paths.figures(profile.name)}")
-    print(f"numbers: {paths.accuracy_csv(profile.name)}")
+        if missing:
+            print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
+        try:
+            if missing or budget_s < math.inf:
+                draw(profile.name, cores, lock)
+            else:
+                _snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+        except RuntimeError as failed:
+            errors.append(str(failed).removeprefix("error: "))
     if errors:
         raise RuntimeError("\n".join(f"error: {line}" for line in errors))
+    print(f"figures and tables: {paths.figures(profile.name)}")
+    print(f"numbers: {paths.accuracy_csv(profile.name)}")
 
 
 def figures(profile: Profile, cores: int) -> None:
@@ -85,11 +88,20 @@ def figures(profile: Profile, cores: int) -> None:
 
 
 def draw(profile_name: str, cores: int, lock: IO) -> None:
-    """Draw everything that the tables of a profile allow."""
+    """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone."""
     rules = [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
+    accuracy = paths.accuracy_csv(profile_name)
+    if accuracy.exists() and not _has_pair(records.read_csv(accuracy)):
+        rules = ["anatomy"]
     targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
     config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
     _snakemake(targets, paths.results(profile_name), cores, lock, config)
+
+
+def _has_pair(accuracy: pd.DataFrame) -> bool:
+    """Whether hybrid and another method are there to compare."""
+    methods = set(accuracy["pattern"]) - {"dense"}
+    return "hybrid" in methods and len(methods) > 1
 
 
 def write_tables(profile: Profile) -> None:

@@ -91,8 +91,8 @@ class Contender:
 def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadline: float = math.inf) -> None:
     """Latencies of the profile's networks, with `survey` also of full-width VGG-16 and of its layers, as a CSV table.
 
-    The table appears in `output` when all of it is measured. Until then ``<output>.partial`` beside it holds what is:
-    asking again, with the same code on the same machine, goes on from there.
+    The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
+    what is: asking for the same again, with the same code on the same machine, goes on from there.
 
     One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
     the layers), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
@@ -104,9 +104,10 @@ def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadlin
     """
     if device == "cuda":
         cuda.require()
-    where = {"commit": records.commit(), "hardware": records.hardware(), "threads": torch.get_num_threads()}
+    where = {"commit": records.commit(), "hardware": records.hardware(device), "threads": torch.get_num_threads()}
     where |= {"torch": torch.__version__}
-    partial_path = output.with_name(output.name + ".partial")
+    asked = records.fingerprint({"device": device, "survey": survey, "specs": profile_specs(profile)})
+    partial_path = output.with_name(f"{output.name}.{asked}.partial")
     table = _continued(partial_path, where)
     plan = list(_contests(profile, device, survey))
     if not table.empty:
@@ -415,6 +416,6 @@ def folder(profile: Profile, device: str) -> Path:
     """``results/<profile>`` for the CPU; for a GPU ``results/<model>``, such as ``results/h100``."""
     if device == "cpu":
         return paths.results(profile.name)
-    words = records.hardware().split()
+    words = records.hardware(device).split()
     model = next((word for word in words if re.search(r"\d", word)), words[-1])
     return paths.results(model.lower())

@@ -109,7 +109,8 @@ def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
     """What a profile asks for, beside what its ``accuracy.csv`` holds. Index: dataset, method.
 
     Columns: asked and trained (networks), missing (their seeds and sparsities, as a text), hours_left (to train the
-    missing ones one after the other, at the mean time per epoch of the networks of the data set that are there).
+    missing ones one after the other, at the mean time per epoch of the networks of the data set that are there; NaN
+    where there are none).
     """
     dense = [profile.dense(dataset, seed) for dataset in profile.datasets for seed in profile.seeds]
     rows = pd.DataFrame(
@@ -128,9 +129,13 @@ def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
     hours_per_epoch = rows["dataset"].map(times["wall_time_s"] / times["epochs"]) / 3600
     rows["hours_left"] = rows["epochs"].where(~rows["trained"], 0) * hours_per_epoch
     groups = rows.groupby(["dataset", "method"], sort=False)
-    table = groups.agg(asked=("run_id", "size"), trained=("trained", "sum"), hours_left=("hours_left", "sum"))
+    table = groups.agg(asked=("run_id", "size"), trained=("trained", "sum"), hours_left=("hours_left", _sum))
     table.insert(2, "missing", [_missing(group[~group["trained"]]) for _, group in groups])
     return table
+
+
+def _sum(hours: pd.Series) -> float:
+    return hours.sum(min_count=1)
 
 
 def _missing(rows: pd.DataFrame) -> str:
@@ -162,9 +167,9 @@ def load(name: str) -> Profile:
 
 
 def dry_run(profile: Profile) -> Profile:
-    """The same networks, each trained for three epochs of one step on a few images: every path of the code in minutes.
+    """The same networks, each trained for three epochs of two steps on a few images: every path of the code in minutes.
 
-    Three epochs, so that masks change, and then hold, while it trains.
+    Six steps, so that masks change and then hold while it trains, and that a GPU captures steps with a penalty too.
     """
 
     def short(methods: dict[str, dict]) -> dict[str, dict]:
@@ -173,8 +178,8 @@ def dry_run(profile: Profile) -> Profile:
     return replace(
         profile,
         name=profile.name + DRY_RUN,
-        purpose=f"every network of {profile.name}, three steps each: tries the code, proves nothing",
-        recipe=replace(profile.recipe, epochs=3, batch_size=DRY_IMAGES),
+        purpose=f"every network of {profile.name}, six steps each: tries the code, proves nothing",
+        recipe=replace(profile.recipe, epochs=3, batch_size=DRY_IMAGES // 2),
         retraining_epochs=3,
         methods=short(profile.methods),
         ablations=short(profile.ablations),

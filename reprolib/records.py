@@ -121,9 +121,9 @@ def commit() -> str:
 
 
 @cache
-def hardware() -> str:
-    """The GPU's name, or the processor's with its core count."""
-    if torch.cuda.is_available():
+def hardware(device: str | None = None) -> str:
+    """The GPU's name, or the processor's with its core count; of the device that trains if none is named."""
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     try:

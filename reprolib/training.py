@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -85,7 +87,7 @@ def fine_tuning_lr(progress: float) -> float:
 @dataclass(frozen=True)
 class Position:
     """Where a training stands: steps done of an epoch (the first is 0), the share of the whole training behind it,
-    the seconds that took, and one row per finished epoch.
+    the seconds that took, one row per finished epoch, and the sparsities that were due when its masks were made.
     """
 
     epoch: int = 0
@@ -93,6 +95,27 @@ class Position:
     progress: float = 0.0
     wall_time_s: float = 0.0
     curve: tuple[dict, ...] = ()
+    due: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    """When masks change, and how new ones are made.
+
+    `due_at(progress)` says what is due, for example the sparsity of each layer; where it differs from the step before,
+    `masks_for(due)` makes the masks that hold from then on, from the weights as they are: by name of the module whose
+    weight they prune, the same names each time.
+    """
+
+    due_at: Callable[[float], tuple[float, ...]]
+    masks_for: Callable[[tuple[float, ...]], dict[str, Tensor]]
+
+
+class Trained(NamedTuple):
+    """One row per epoch, and the masks that held in the end, by module name."""
+
+    curve: list[dict]
+    masks: dict[str, Tensor]
 
 
 def fit(
@@ -102,19 +125,18 @@ def fit(
     *,
     seed: int,
     lr_at: Callable[[float], float] = dense_lr,
-    masks_at: Callable[[float], dict[str, Tensor]] | None = None,
+    schedule: MaskSchedule | None = None,
     penalty: Callable[[], Tensor] | None = None,
     penalty_until: float = 1.0,
     label: str = "training",
     checkpoint: Path | None = None,
     deadline: float = math.inf,
-) -> list[dict]:
-    """Train `model` in place on the device it is on; return one row per epoch.
+) -> Trained:
+    """Train `model` in place on the device it is on.
 
-    `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). `masks_at(progress)` gives the
-    masks that are due, by name of the module whose weight they prune, and the same dict for as long as they do not
-    change: pruned weights are zero in each forward pass and behind each step. `penalty()` is added to the loss before
-    the progress `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
+    `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). What the masks of `schedule`
+    prune is zero in each forward pass and behind each step. `penalty()` is added to the loss before the progress
+    `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
 
     With a `checkpoint`, training goes on from that file if it is there (on a CPU to the same bits as without the
     stop). The file is written every two minutes, and when `time.time()` passes `deadline`.
@@ -132,12 +154,17 @@ def fit(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay, fused=True
     )
-    layers, masks, pruned = dict(model.named_modules()), None, {}
+    layers, pruned = dict(model.named_modules()), {}
 
     @torch.no_grad()
     def zero_pruned() -> None:
         for name, gone in pruned.items():
             layers[name].weight.masked_fill_(gone, 0.0)
+
+    def renew_masks(due: tuple[float, ...]) -> None:
+        for name, mask in schedule.masks_for(due).items():
+            pruned.setdefault(name, torch.empty_like(mask)).copy_(~mask)
+        zero_pruned()
 
     def step(draws: Tensor, penalised: bool) -> None:
         chosen = draws[:, 0]
@@ -152,8 +179,8 @@ def fit(
         zero_pruned()
 
     take = _captured(step) if where.type == "cuda" else step
-    start = _restored(checkpoint, model, optimizer, generator, total)
-    curve, resumed = list(start.curve), time.monotonic()
+    start = _restored(checkpoint, model, optimizer, generator, total, pruned)
+    curve, due, resumed = list(start.curve), start.due, time.monotonic()
     saved = resumed
     bar = tqdm(
         total=recipe.epochs * steps * recipe.batch_size,
@@ -172,19 +199,17 @@ def fit(
             for index in range(start.step if epoch == start.epoch else 0, steps):
                 progress = (epoch * steps + index) / (recipe.epochs * steps)
                 lr.fill_(recipe.lr * lr_at(progress))
-                if masks_at and (due := masks_at(progress)) is not masks:
-                    masks = due
-                    for name, mask in masks.items():
-                        pruned.setdefault(name, torch.empty_like(mask)).copy_(~mask)
-                    zero_pruned()
+                if schedule and schedule.due_at(progress) != due:
+                    due = schedule.due_at(progress)
+                    renew_masks(due)
                 take(draws[index], penalty is not None and progress < penalty_until)
                 bar.update(recipe.batch_size)
                 late = time.time() > deadline
                 if checkpoint and (late or time.monotonic() > saved + CHECKPOINT_EVERY_S):
                     saved = time.monotonic()
                     share = (epoch * steps + index + 1) / (recipe.epochs * steps)
-                    here = Position(epoch, index + 1, share, start.wall_time_s + saved - resumed, tuple(curve))
-                    _save(checkpoint, model, optimizer, state, total, here)
+                    here = Position(epoch, index + 1, share, start.wall_time_s + saved - resumed, tuple(curve), due)
+                    _save(checkpoint, model, optimizer, state, total, pruned, here)
                 if late:
                     raise OutOfTime(f"{label}: out of time in epoch {epoch + 1} of {recipe.epochs}")
             loss_train = total.item() / steps
@@ -197,7 +222,9 @@ def fit(
             row = {"epoch": epoch + 1, "lr": rate, "loss_train": loss_train, "accuracy_validation_pct": accuracy}
             curve.append(row)
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss_train:.3f}, validation {accuracy:.2f} %", refresh=False)
-    return curve
+    if schedule and schedule.due_at(1.0) != due:  # a training of few steps may end before its last masks are due
+        renew_masks(schedule.due_at(1.0))
+    return Trained(curve, {name: ~gone for name, gone in pruned.items()})
 
 
 def _draw_epoch(dataset: Dataset, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -242,29 +269,48 @@ def position(checkpoint: Path) -> Position:
     try:
         with checkpoint.open("rb") as file:  # one handle: the training may replace the file meanwhile
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        here = json.loads(header["__metadata__"]["position"])
     except FileNotFoundError:
         return Position()
-    return Position(**json.loads(header["__metadata__"]["position"]))
+    except (ValueError, KeyError):
+        raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
+    due = here.get("due")
+    return Position(**here | {"due": due if due is None else tuple(due)})
 
 
 def _save(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, state: Tensor, total: Tensor, here: Position
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    state: Tensor,
+    total: Tensor,
+    pruned: dict[str, Tensor],
+    here: Position,
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
-    tensors |= {"generator": state, "total": total}
+    tensors |= {"generator": state, "total": total} | {f"pruned.{name}": gone for name, gone in pruned.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     records.write_atomically(checkpoint, save(tensors, {"position": json.dumps(asdict(here))}))
 
 
 def _restored(
-    checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.SGD, generator: torch.Generator, total: Tensor
+    checkpoint: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    generator: torch.Generator,
+    total: Tensor,
+    pruned: dict[str, Tensor],
 ) -> Position:
     """Fill all arguments from the checkpoint and return its position; without a checkpoint leave them as they are."""
     if not (checkpoint and checkpoint.exists()):
         return Position()
-    tensors = load_file(checkpoint)
+    here = position(checkpoint)
+    try:
+        tensors = load_file(checkpoint)
+    except SafetensorError:
+        raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
         # Laid out in memory like the parameter: the fused optimizer walks over both alike.
@@ -272,7 +318,10 @@ def _restored(
         optimizer.state[parameter]["momentum_buffer"] = momentum
     generator.set_state(tensors["generator"])
     total.copy_(tensors["total"])
-    return position(checkpoint)
+    for name, tensor in tensors.items():
+        if name.startswith("pruned."):
+            pruned[name.removeprefix("pruned.")] = tensor.to(total.device)
+    return here
 
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------

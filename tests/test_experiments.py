@@ -302,13 +302,14 @@ def test_gradual_masks_of_the_network_freeze_at_two_thirds(folder, monkeypatch):
     """From then on a weight that is zero stays zero, and none is added."""
     fit, snapshots = training.fit, []
 
-    def watched(model, *args, masks_at=None, **kwargs):
-        def watching(progress):
-            masks = masks_at(progress)
-            snapshots.append((progress, torch.cat([mask.flatten() for mask in masks.values()])))
-            return masks
+    def watched(model, *args, schedule=None, **kwargs):
+        def due_at(progress):
+            if schedule and progress:  # what the step before has left
+                weights = pruning.prunable(model).values()
+                snapshots.append((progress, torch.cat([weight.detach().flatten() != 0 for weight in weights])))
+            return schedule.due_at(progress)
 
-        return fit(model, *args, masks_at=masks_at and watching, **kwargs)
+        return fit(model, *args, schedule=schedule and replace(schedule, due_at=due_at), **kwargs)
 
     monkeypatch.setattr(training, "fit", watched)
     fast = replace(DENSE, recipe=replace(DENSE.recipe, lr=0.3))  # steps so large that a new ranking would differ

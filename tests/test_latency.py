@@ -44,10 +44,10 @@ def test_stopped_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(latency.time, "time", lambda: len(calls))
     monkeypatch.setattr(latency.records, "commit", lambda: "abc")
     output = tmp_path / "latency.csv"
-    with pytest.raises(OutOfTime, match=r"kept in .*latency\.csv\.partial; ask again"):
-        latency.benchmark(None, "cpu", False, output, deadline=1.5)
+    with pytest.raises(OutOfTime, match=r"kept in .*latency\.csv\.\w+\.partial; ask again"):
+        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=1.5)
     assert calls == [0, 1] and not output.exists()
-    latency.benchmark(None, "cpu", False, output)
+    latency.benchmark(profiles.load("quick"), "cpu", False, output)
     assert calls == [0, 1, 2]
     assert records.read_csv(output)["seed"].tolist() == [0, 0, 1, 1, 2, 2]
     assert list(tmp_path.iterdir()) == [output]
@@ -60,9 +60,20 @@ def test_benchmark_of_other_code_starts_anew(commits, tmp_path, monkeypatch):
     monkeypatch.setattr(latency.time, "time", lambda: len(calls))
     monkeypatch.setattr(latency.records, "commit", lambda: commits[0])
     with pytest.raises(OutOfTime):
-        latency.benchmark(None, "cpu", False, output, deadline=0.5)
+        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=0.5)
     monkeypatch.setattr(latency.records, "commit", lambda: commits[1])
-    latency.benchmark(None, "cpu", False, output)
+    latency.benchmark(profiles.load("quick"), "cpu", False, output)
+    assert calls == [0, 0, 1]
+
+
+def test_other_contests_do_not_continue_these(tmp_path, monkeypatch):
+    calls, output = [], tmp_path / "latency.csv"
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(2)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: "abc")
+    with pytest.raises(OutOfTime):
+        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=0.5)
+    latency.benchmark(profiles.load("quick"), "cpu", True, output)
     assert calls == [0, 0, 1]
 
 
@@ -149,7 +160,7 @@ def test_survey_joins_the_networks_of_a_full_width_profile():
 
 
 def test_gpu_results_lie_below_the_name_of_the_gpu(monkeypatch):
-    monkeypatch.setattr(latency.records, "hardware", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(latency.records, "hardware", lambda device: "NVIDIA H100 80GB HBM3")
     profile = profiles.load("quick")
     assert latency.folder(profile, "cuda").name == "h100"
     assert latency.folder(profile, "cpu").name == "quick"

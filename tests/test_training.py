@@ -15,7 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from reprolib import records, training
 from reprolib.data import Split
 from reprolib.deadline import OutOfTime
+from reprolib.patterns import parse
 from reprolib.training import (
+    MaskSchedule,
     Position,
     Recipe,
     accuracy_pct,
@@ -46,8 +48,12 @@ def before_each_step():
 
 def trained(model, dataset, recipe=SHORT, seed=0, **options):
     """The network's weights behind training, and the curve."""
-    curve = fit(model, dataset, recipe, seed=seed, **options)
+    curve, _ = fit(model, dataset, recipe, seed=seed, **options)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), curve
+
+
+def always(masks):
+    return MaskSchedule(lambda progress: (), lambda due: masks)
 
 
 # --- Repeatability ----------------------------------------------------------------------------------------------------
@@ -66,14 +72,14 @@ def test_another_seed_gives_other_weights(few_digits, small_net):
 
 def test_network_learns_the_digits(digits, small_net):
     model = small_net()
-    curve = fit(model, digits, Recipe(epochs=4, batch_size=32, lr=0.02), seed=0)
+    curve, _ = fit(model, digits, Recipe(epochs=4, batch_size=32, lr=0.02), seed=0)
     assert curve[-1]["loss_train"] < curve[0]["loss_train"]
     assert accuracy_pct(model, digits, digits.test) > 80
 
 
 def test_curve_has_a_row_per_epoch(few_digits, small_net):
     model = small_net()
-    curve = fit(model, few_digits, replace(SHORT, lr=0.5), seed=0)
+    curve, _ = fit(model, few_digits, replace(SHORT, lr=0.5), seed=0)
     assert [row["epoch"] for row in curve] == [1, 2]
     assert curve[-1]["lr"] == pytest.approx(0.5 * dense_lr(5 / 6))
     assert curve[-1]["accuracy_validation_pct"] == accuracy_pct(model, few_digits, few_digits.validation)
@@ -112,8 +118,8 @@ def test_pruned_weights_are_zero_at_every_forward_pass(few_digits, small_net):
         lambda module, _: passes.append((module.training, weight[~mask].abs().max().item()))
     )
 
-    masks = {"2": mask}
-    fit(model, few_digits, SHORT, seed=0, masks_at=lambda progress: masks)
+    _, masks = fit(model, few_digits, SHORT, seed=0, schedule=always({"2": mask}))
+    assert torch.equal(masks["2"], mask)
     assert passes == 2 * [*3 * [(True, 0.0)], (False, 0.0)]  # three training batches and one of validation per epoch
     assert (weight[~mask] == 0).all()
     assert (weight[mask] != kept_before).all()
@@ -121,19 +127,30 @@ def test_pruned_weights_are_zero_at_every_forward_pass(few_digits, small_net):
 
 def test_new_masks_hold_from_the_forward_pass_of_their_progress_on(few_digits, small_net):
     """The masks prune one more weight at each step; the network shows how many are zero when it runs."""
-    model, progresses, zeros = small_net(), [], []
+    model, zeros = small_net(), []
     weight = model[2].weight
     model.register_forward_pre_hook(
         lambda module, _: zeros.append(int((weight == 0).sum())) if module.training else None
     )
 
-    def masks_at(progress):
-        progresses.append(progress)
-        return {"2": (torch.arange(weight.numel()) >= len(progresses)).view_as(weight)}
+    def masks_for(due):
+        return {"2": (torch.arange(weight.numel()) >= due[0]).view_as(weight)}
 
-    fit(model, few_digits, SHORT, seed=0, masks_at=masks_at)
-    assert progresses == pytest.approx([step / 6 for step in range(6)])
-    assert zeros == [1, 2, 3, 4, 5, 6] and int((weight == 0).sum()) == 6
+    schedule = MaskSchedule(lambda progress: (1 + round(6 * progress),), masks_for)
+    _, masks = fit(model, few_digits, SHORT, seed=0, schedule=schedule)
+    assert zeros == [1, 2, 3, 4, 5, 6]
+    assert int((weight == 0).sum()) == int((~masks["2"]).sum()) == 7  # those of progress 1
+
+
+def test_masks_are_made_once_for_what_is_due(few_digits, small_net):
+    model, made = small_net(), []
+
+    def masks_for(due):
+        made.append(due)
+        return {"2": torch.ones_like(model[2].weight, dtype=torch.bool)}
+
+    fit(model, few_digits, SHORT, seed=0, schedule=MaskSchedule(lambda progress: (float(progress >= 0.5),), masks_for))
+    assert made == [(0.0,), (1.0,)]
 
 
 def test_weight_that_a_later_mask_keeps_again_grows_back(few_digits, small_net):
@@ -141,9 +158,10 @@ def test_weight_that_a_later_mask_keeps_again_grows_back(few_digits, small_net):
     weight = model[2].weight
     all_of_it = torch.ones_like(weight, dtype=torch.bool)
     early, late = {"2": all_of_it.index_fill(1, torch.tensor([0]), False)}, {"2": all_of_it}
-    fit(model, few_digits, SHORT, seed=0, masks_at=lambda progress: early)
+    fit(model, few_digits, SHORT, seed=0, schedule=always(early))
     assert (weight[:, 0] == 0).all()
-    fit(model, few_digits, SHORT, seed=0, masks_at=lambda progress: early if progress < 0.5 else late)
+    schedule = MaskSchedule(lambda progress: (progress >= 0.5,), lambda due: late if due[0] else early)
+    fit(model, few_digits, SHORT, seed=0, schedule=schedule)
     assert (weight[:, 0] != 0).any()
 
 
@@ -177,7 +195,7 @@ def test_label_smoothing_gives_every_class_its_share(few_digits):
     labels = torch.zeros_like(few_digits.train.labels)
     dataset = replace(few_digits, train=Split(few_digits.train.images, labels))
     recipe = Recipe(epochs=1, batch_size=96, lr=0.0, label_smoothing=0.1)
-    [row] = fit(model, dataset, recipe, seed=0)
+    [row], _ = fit(model, dataset, recipe, seed=0)
     normaliser = math.log(math.exp(2) + 9)
     assert row["loss_train"] == pytest.approx(0.91 * (normaliser - 2) + 0.09 * normaliser)
 
@@ -186,7 +204,7 @@ def test_label_smoothing_gives_every_class_its_share(few_digits):
 
 
 def interrupted(model, dataset, checkpoint, steps, **options):
-    """Train in pieces of so many steps; return the curve and how often it stopped."""
+    """Train in pieces of so many steps; return the curve, the masks, and how often it stopped."""
     clock, stops = [0.0], 0
 
     def count(module, _):
@@ -199,7 +217,7 @@ def interrupted(model, dataset, checkpoint, steps, **options):
         while True:
             try:
                 deadline = clock[0] + steps - 0.5
-                curve = fit(model, dataset, SHORT, seed=0, checkpoint=checkpoint, deadline=deadline, **options)
+                curve, masks = fit(model, dataset, SHORT, seed=0, checkpoint=checkpoint, deadline=deadline, **options)
             except OutOfTime:
                 stops += 1
                 with torch.no_grad():  # what is in memory is lost
@@ -207,22 +225,29 @@ def interrupted(model, dataset, checkpoint, steps, **options):
                         tensor.zero_()
             else:
                 handle.remove()
-                return curve, stops
+                return curve, masks, stops
 
 
+@pytest.mark.parametrize("pattern", ["Balanced(16) & Block(32, 5)", "Unstructured()"])  # banks that straddle blocks
 @pytest.mark.parametrize(("steps", "stops"), [(1, 6), (2, 3), (4, 1)])
-def test_stopped_training_goes_on_to_the_same_bits(few_digits, tmp_path, steps, stops):
+def test_stopped_training_goes_on_to_the_same_bits(few_digits, tmp_path, steps, stops, pattern):
     def net():
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
         return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
-    masks = {"4": torch.rand(10, 512, generator=torch.Generator().manual_seed(0)) < 0.5}
+    def schedule(model):
+        return MaskSchedule(
+            lambda progress: (0.5 if progress < 0.4 else 0.8,),
+            lambda due: {"4": parse(pattern).mask(model[4].weight, due[0])},
+        )
+
     whole, pieces = net(), net()
-    curve = fit(whole, few_digits, SHORT, seed=0, masks_at=lambda progress: masks)
+    curve, masks = fit(whole, few_digits, SHORT, seed=0, schedule=schedule(whole))
     checkpoint = tmp_path / "checkpoint.safetensors"
-    again, stopped = interrupted(pieces, few_digits, checkpoint, steps, masks_at=lambda progress: masks)
+    again, same_masks, stopped = interrupted(pieces, few_digits, checkpoint, steps, schedule=schedule(pieces))
     assert stopped == stops and again == curve
+    assert torch.equal(same_masks["4"], masks["4"])
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, pieces.state_dict()[name]), name
 
@@ -257,6 +282,23 @@ def test_position_can_be_read_while_the_checkpoint_is_replaced(tmp_path):
     assert len(seen) > 1 and position(checkpoint) == Position()
 
 
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      "], ids=["empty", "of something else"])
+def test_damaged_checkpoint_is_named(few_digits, small_net, tmp_path, content):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged: delete it"):
+        fit(small_net(), few_digits, SHORT, seed=0, checkpoint=checkpoint)
+
+
+def test_checkpoint_that_is_cut_off_is_named(few_digits, small_net, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(small_net(), few_digits, SHORT, seed=0, checkpoint=checkpoint, deadline=0.0)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged: delete it"):
+        fit(small_net(), few_digits, SHORT, seed=0, checkpoint=checkpoint)
+
+
 def test_checkpoint_is_written_while_it_trains(few_digits, small_net, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -276,12 +318,12 @@ def test_captured_steps_do_what_single_launches_do(few_digits, small_net, monkey
         model = small_net().cuda()
         weight = model[2].weight
         masks = [{"2": torch.rand(weight.shape, device="cuda", generator=chance) < 0.5} for _ in range(2)]
-        rows = fit(
+        rows, _ = fit(
             model,
             dataset,
             recipe,
             seed=0,
-            masks_at=lambda progress: masks[progress >= 0.5],
+            schedule=MaskSchedule(lambda progress: (progress >= 0.5,), lambda due: masks[due[0]]),
             penalty=lambda: 1e-3 * weight.square().sum(),
             penalty_until=0.6,
         )

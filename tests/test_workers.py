@@ -47,6 +47,26 @@ def test_process_that_dies_is_reported_and_the_others_go_on(tmp_path):
     assert experiments.is_done(DENSE, tmp_path / "runs")
 
 
+def test_a_dead_process_is_replaced(tmp_path):
+    deadly = [Deadly("digits", DENSE.recipe, DENSE.width, seed=seed) for seed in (8, 9)]
+    errors = train([*deadly, DENSE], tmp_path / "runs", workers=1)
+    assert len(errors) == 2 and experiments.is_done(DENSE, tmp_path / "runs")
+
+
+class Faulty(Dense):
+    """Fails in a way that nobody foresees, in the process that trains it."""
+
+    def __reduce__(self):
+        return Faulty, (self.dataset, None, self.width, (), self.seed)
+
+
+def test_unforeseen_error_is_named_and_the_plan_goes_on(tmp_path):
+    faulty = Faulty("digits", DENSE.recipe, DENSE.width, seed=7)
+    [error] = train([faulty, DENSE], tmp_path / "runs", workers=1)
+    assert "AttributeError" in error
+    assert "training.log" in error and experiments.is_done(DENSE, tmp_path / "runs")
+
+
 def test_deadline_leaves_a_checkpoint_to_go_on_from(tmp_path):
     endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
     started = time.time()
