@@ -175,20 +175,19 @@ def test_only_what_the_tables_allow_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(
         graph, "_snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
     )
-    for table in (paths.accuracy_csv, paths.latency_csv):
-        table("quick").parent.mkdir(parents=True, exist_ok=True)
-        table("quick").write_text("")
+
+    def add(table, *patterns):
+        rows = [{"run_id": pattern, "pattern": pattern} for pattern in patterns]
+        records.write_csv(table("quick"), pd.DataFrame(rows))
         graph.draw("quick", 1, None)
-    (first, without), (second, with_latency) = asked
-    assert first[: first.index("--forcerun")] == ["anatomy", "accuracy_figure", "claims"]
-    assert second[: second.index("--forcerun")] == [
-        "anatomy",
-        "accuracy_figure",
-        "kernel_figures",
-        "latency_figure",
-        "claims",
-    ]
-    assert (without["latency"], with_latency["latency"]) == (False, True)
+        targets, config = asked[-1]
+        return targets[: targets.index("--forcerun")], config["latency"]
+
+    assert add(paths.accuracy_csv, "dense", "hybrid") == (["anatomy"], False)  # nothing to compare yet
+    drawn = ["anatomy", "accuracy_figure", "claims"]
+    assert add(paths.accuracy_csv, "dense", "hybrid", "block") == (drawn, False)
+    drawn[2:2] = ["kernel_figures", "latency_figure"]
+    assert add(paths.latency_csv, "dense") == (drawn, True)
 
 
 def test_progress_counts_epochs_and_tells_of_networks_that_got_done(tmp_path, capsys):

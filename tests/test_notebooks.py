@@ -1,16 +1,20 @@
 """Every notebook, as a reader runs it: all cells, on the defaults."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 
+import matplotlib
+import matplotlib.pyplot
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
-from reprolib import notebooks, paths
+from reprolib import notebooks, paths, profiles, records
 
 ALL = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 
@@ -55,6 +59,36 @@ def test_runs_on_its_defaults(notebook, home, tmp_path):
     assert "Traceback" not in (tmp_path / "out.ipynb").read_text(), "not even inside a widget"
     for name in FILES[notebook.stem[:2]]:
         assert (home / name).stat().st_size > 0
+
+
+def show(notebook):
+    """Run the code of a notebook in this process, and render what its cells would show."""
+    names = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            body = ast.parse(cell.source).body
+            last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), notebook.stem, "exec"), names)
+            value = last and eval(compile(ast.Expression(last.value), notebook.stem, "eval"), names)
+            getattr(value, "_repr_html_", lambda: None)()
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("trained", [4, 8])
+def test_tables_of_an_unfinished_run_can_be_drawn(trained, tmp_path, monkeypatch):
+    """The first networks of the plan; and a data set of which only the dense network is there."""
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    matplotlib.use("agg")
+    done = [experiment.run_id for experiment in profiles.load("laptop").plan()[:trained]]
+    accuracy = records.read_csv(paths.ROOT / "results" / "laptop" / "accuracy.csv")
+    accuracy = accuracy[accuracy["run_id"].isin(done)]
+    dense = accuracy[accuracy["pattern"] == "dense"].assign(dataset="cifar100", run_id="another")
+    assert len(accuracy) == trained and len(dense) == 1
+    records.write_csv(paths.accuracy_csv("laptop"), pd.concat([dense, accuracy]))
+    for number in ("03", "07"):
+        show(paths.notebook(number))
+    assert (paths.figures("laptop") / "accuracy_vs_sparsity.svg").exists()
+    assert set(records.read_csv(paths.claims_csv("laptop"))["verdict"]) <= {"undecided", "no data", "for orientation"}
 
 
 @pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
