@@ -199,8 +199,8 @@ def fit(
             for index in range(start.step if epoch == start.epoch else 0, steps):
                 progress = (epoch * steps + index) / (recipe.epochs * steps)
                 lr.fill_(recipe.lr * lr_at(progress))
-                if schedule and schedule.due_at(progress) != due:
-                    due = schedule.due_at(progress)
+                if schedule and (now_due := schedule.due_at(progress)) != due:
+                    due = now_due
                     renew_masks(due)
                 take(draws[index], penalty is not None and progress < penalty_until)
                 bar.update(recipe.batch_size)

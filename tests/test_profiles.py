@@ -97,7 +97,7 @@ def test_plan_names_an_experiment_once(load):
     assert len(twice) == len(set(twice)) == len(load(ablations={}).plan())
 
 
-def test_dry_run_has_the_networks_of_its_profile_with_three_steps_each(load):
+def test_dry_run_has_the_networks_of_its_profile_with_six_steps_each(load):
     profile = load()
     dry = profiles.load("mine-dry-run")
     assert dry == profiles.dry_run(profile) and dry.name == "mine-dry-run"
@@ -106,7 +106,7 @@ def test_dry_run_has_the_networks_of_its_profile_with_three_steps_each(load):
     ]
     for experiment in dry.plan():
         dense = experiment if isinstance(experiment, Dense) else experiment.dense
-        assert epochs(experiment) == 3 and dense.images == dense.recipe.batch_size
+        assert epochs(experiment) == 3 and dense.images == 2 * dense.recipe.batch_size
     assert not {e.run_id for e in dry.plan()} & {e.run_id for e in profile.plan()}
 
 
