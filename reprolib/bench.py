@@ -57,8 +57,7 @@ def main() -> None:
             latency.benchmark(profile, device, not arguments.own, output, time.time() + arguments.budget)
         else:
             table = throughput.benchmark(profile, device)
-            columns = ["loop", "pattern", "precision", "networks", "threads", "images_per_s", "share_of_peak"]
-            print(table[[*columns, "convolutions_share"]].to_string(index=False, float_format="{:.2f}".format))
+            print(throughput.speed_table(table).to_markdown(index=False))
             records.write_csv(output, table)
         print(f"written: {output}")
     except OutOfTime as stop:

@@ -287,7 +287,7 @@ def variations(ablations: pd.DataFrame, default_spec: str) -> pd.DataFrame:
         if row["ratios"] != "uniform":
             changed.append(f"{row['ratios']} ratios")
         if row["epochs"] != usual_epochs:
-            changed.append(f"{row['epochs']} epochs")
+            changed.append(f"{row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}")
         if "split=" in row["spec"]:
             changed.append("split " + row["spec"].split("split=")[1].rstrip(")"))
         if row["spec"] == default_spec and not changed:
@@ -323,7 +323,7 @@ def variation_dots(rows: pd.DataFrame) -> Figure:
 
 def retraining_budget(rows: pd.DataFrame) -> Figure:
     """Accuracy over epochs of retraining, out of `variations`: validation, which may decide, and test beside it."""
-    longer = rows[(rows["variation"] == "default") | rows["variation"].str.endswith(" epochs")]
+    longer = rows[(rows["variation"] == "default") | rows["variation"].str.contains(r" epochs?$")]
     means = longer.groupby("epochs")[["accuracy_validation_pct", "accuracy_pct"]].mean()
     color = STYLE["hybrid"][0]
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")

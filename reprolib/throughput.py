@@ -100,6 +100,22 @@ def benchmark(profile: Profile, device: str) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(**where)
 
 
+def speed_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark's rows as people read them."""
+    return pd.DataFrame(
+        {
+            "loop": rows["loop"] + ", " + rows["precision"],
+            "trains": rows["pattern"],
+            "networks × threads": [f"{n} × {t}" for n, t in zip(rows["networks"], rows["threads"], strict=True)],
+            "images/s": rows["images_per_s"].map("{:,.0f}".format),
+            "of the peak": rows["share_of_peak"].map("{:.0%}".format),
+            "in convolutions": rows["convolutions_share"]
+            .map("{:.0%}".format)
+            .where(rows["convolutions_share"].notna(), "–"),
+        }
+    )
+
+
 def _has_share(case: Case, device: str) -> bool:
     """A replayed graph shows the profiler kernels, not operators."""
     return device == "cpu" and case.loop == OURS and case.networks == 1
