@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Dense:
             raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
         object.__setattr__(self, "hidden", tuple(self.hidden))
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         return f"{self.dataset}-vgg16x{self.width:g}-seed{self.seed}-dense-{fingerprint(self)}"
 
@@ -102,7 +103,7 @@ class Pruned:
         prefix = "random-" if self.score == "random" else ""
         return prefix + parse(self.pattern).family + ("-group-lasso" if self.group_lasso else "")
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         dense = self.dense
         return (

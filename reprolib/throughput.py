@@ -33,8 +33,8 @@ from reprolib.profiles import Profile
 from reprolib.training import PRECISIONS, MaskSchedule, Recipe, fit
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-STEPS = {"cpu": 8, "cuda": 350}  # per epoch
-EPOCHS = {"cpu": (1, 3), "cuda": (1, 5)}  # of the shorter and the longer run
+STEPS = {"cpu": 32, "cuda": 350}  # per epoch
+EPOCHS = {"cpu": (1, 2), "cuda": (1, 5)}  # of the shorter and the longer run
 ROUNDS = 3
 PATIENCE_S = 600  # of a network that waits for those beside it
 SIDE_BY_SIDE = {"cpu": (1, CORES), "cuda": (1, 2, 4)}  # networks
