@@ -124,27 +124,37 @@ def _accuracy_rows(claim: int, dataset: str, group: pd.DataFrame, rival: str) ->
 
 
 def _reach_row(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> dict:
-    reached = {
-        (pattern, seed): reached_sparsity(rows, drop)
-        for (pattern, seed), rows in group[group["pattern"].isin(["hybrid", rival])].groupby(["pattern", "seed"])
-    }
-    seeds = sorted({seed for pattern, seed in reached if pattern == "hybrid"} & {s for p, s in reached if p == rival})
-    name = f"hybrid − {rival}, drop of {drop:g}"
-    lowest, highest = group["target_sparsity"].min(), group["sparsity"].max()
+    name, unit = f"hybrid − {rival}, drop of {drop:g}", "points of sparsity"
+    pairs = _complete_pairs(group, rival)
+    if pairs.empty:
+        return _row(3, dataset, name, [], unit, f"no pair of hybrid and {rival}")
+    networks = dict(list(pairs.groupby(["pattern", "seed"])))
+    reached = {network: reached_sparsity(rows, drop) for network, rows in networks.items()}
+    seeds = sorted(pairs["seed"].unique())
+    lowest, highest = pairs["target_sparsity"].min(), pairs["target_sparsity"].max()
     short = {key: math.isnan(value) for key, value in reached.items()}
-    if any(short["hybrid", seed] and short[rival, seed] for seed in seeds):
-        remark = f"hybrid and {rival} drop by more already at {100 * lowest:g} %, the lowest tested"
-        return _row(3, dataset, name, [], "points of sparsity", remark)
+    beyond = {key: value == networks[key]["sparsity"].max() for key, value in reached.items()}
+    for censored, where in (
+        (short, f"drop by more already at {100 * lowest:g} %, the lowest tested"),
+        (beyond, f"drop by less even at {100 * highest:g} %, the highest tested"),
+    ):
+        if any(censored["hybrid", seed] and censored[rival, seed] for seed in seeds):
+            return _row(3, dataset, name, [], unit, f"hybrid and {rival} {where}")
     # Whoever falls short counts with the lowest tested sparsity, and whoever does not end with the highest: this draws
     # differences towards zero, so that a verdict on them stands all the more.
     counted = {key: lowest if short[key] else value for key, value in reached.items()}
     gains = [100 * (counted["hybrid", seed] - counted[rival, seed]) for seed in seeds]
-    censored = {
-        f"below {100 * lowest:g} %": sum(short.values()),
-        f"beyond {100 * highest:.0f} %": sum(value >= highest - 0.005 for value in reached.values()),
-    }
+    censored = {f"below {100 * lowest:g} %": sum(short.values()), f"beyond {100 * highest:g} %": sum(beyond.values())}
     notes = [f"{count} of {len(reached)} networks {where}, counted there" for where, count in censored.items() if count]
-    return _row(3, dataset, name, gains, "points of sparsity", "; ".join(notes) or "interpolated")
+    return _row(3, dataset, name, gains, unit, "; ".join(notes) or "interpolated")
+
+
+def _complete_pairs(group: pd.DataFrame, rival: str) -> pd.DataFrame:
+    """Rows of hybrid and `rival` at sparsities that a seed has of both, of the seeds that have all such sparsities."""
+    pairs = group[group["pattern"].isin(["hybrid", rival])]
+    pairs = pairs[pairs.groupby(["seed", "target_sparsity"])["pattern"].transform("nunique") == 2]
+    tested = pairs.groupby("seed")["target_sparsity"].transform("nunique")
+    return pairs[tested == pairs["target_sparsity"].nunique()]
 
 
 def _speed_rows(latency: pd.DataFrame | None, width: float) -> list[dict]:

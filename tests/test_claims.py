@@ -126,6 +126,35 @@ def test_claim_3_where_both_fall_short_is_no_data():
     assert row["verdict"] == "no data" and "already at 90 %, the lowest tested" in row["remark"]
 
 
+def test_claim_3_where_neither_falls_short_is_no_data():
+    # What the masks reach of the target differs a little from pattern to pattern, and says nothing about accuracy.
+    frame = accuracy_frame({("hybrid", 0.9): [89.9, 89.9], ("block", 0.9): [89.9, 89.9]})
+    frame.loc[frame["pattern"] == "block", "sparsity"] = 0.899
+    row = deciding(frame, 3, "block, drop of 0.5")
+    assert row["verdict"] == "no data" and row["remark"].endswith("drop by less even at 90 %, the highest tested")
+
+
+def test_claim_3_compares_sparsities_that_both_have_and_seeds_that_have_all_of_them():
+    frame = accuracy_frame(
+        {
+            ("hybrid", 0.75): [89.5, 89.5, 89.5],
+            ("hybrid", 0.9375): [88.5, 88.5, 88.5],
+            ("hybrid", 0.98): [88.0, 88.0, 88.0],  # block has not come so far yet
+            ("block", 0.75): [89.1, 89.1, 89.1],
+            ("block", 0.9375): [80.0, 80.0, 80.0],
+        }
+    )
+    partial = frame[~((frame["pattern"] == "block") & (frame["seed"] == 2) & (frame["target_sparsity"] == 0.9375))]
+    row, whole = deciding(partial, 3, "block, drop of 1"), deciding(frame, 3, "block, drop of 1")
+    assert row["seeds"] == 2 and row["difference"] == pytest.approx(whole["difference"])
+    assert row["remark"] == "interpolated"
+
+
+def test_claim_3_without_a_pair_says_so():
+    row = deciding(accuracy_frame({("hybrid", 0.9): [89.9, 89.9]}), 3, "block, drop of 1")
+    assert row["verdict"] == "no data" and row["remark"] == "no pair of hybrid and block"
+
+
 def test_claim_3_counts_who_falls_short_with_the_lowest_tested_sparsity():
     # Block is below 75 % in both seeds; hybrid reaches 87.5 % (half way in log density) and 93.75 %.
     frame = accuracy_frame(
@@ -138,7 +167,7 @@ def test_claim_3_counts_who_falls_short_with_the_lowest_tested_sparsity():
     )
     row = deciding(frame, 3, "block, drop of 1")
     assert row["difference"] == pytest.approx((12.5 + 18.75) / 2)
-    assert row["remark"] == "2 of 4 networks below 75 %, counted there; 1 of 4 networks beyond 94 %, counted there"
+    assert row["remark"] == "2 of 4 networks below 75 %, counted there; 1 of 4 networks beyond 93.75 %, counted there"
 
 
 def test_each_data_set_gets_its_own_verdict():
