@@ -191,10 +191,10 @@ def sparsity_axis(axis: plt.Axes, targets: list[float]) -> None:
 
 
 def _panel_title(rows: pd.DataFrame) -> str:
-    seeds = rows["seed"].nunique()
-    width = rows["width"].iloc[0]
+    counts = rows.groupby(["pattern", "target_sparsity"], dropna=False)["seed"].nunique()
+    seeds = f"{'up to ' if counts.min() < counts.max() else ''}{counts.max()} seeds"
     name = DATASETS.get(rows["dataset"].iloc[0], rows["dataset"].iloc[0])
-    return f"{name}, VGG-16 ×{width:g}: mean ± SD of {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"{name}, VGG-16 ×{rows['width'].iloc[0]:g}: {f'mean ± SD of {seeds}' if counts.max() > 1 else 'one seed'}"
 
 
 def accuracy_table(accuracy: pd.DataFrame) -> pd.DataFrame:

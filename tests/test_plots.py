@@ -57,6 +57,19 @@ def test_accuracy_axis_is_labelled_with_targets(accuracy):
     assert "%" in axis.get_xlabel() and "%" in axis.get_ylabel()
 
 
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (lambda frame: frame, "mean ± SD of 2 seeds"),
+        (lambda frame: frame[(frame["seed"] == 0) | (frame["target_sparsity"] == 0.95)], "mean ± SD of up to 2 seeds"),
+        (lambda frame: frame[frame["seed"] == 0], "one seed"),
+    ],
+)
+def test_accuracy_figure_says_how_many_seeds_it_rests_on(accuracy, rows, text):
+    title = plots.accuracy_vs_sparsity(rows(accuracy)).axes[0].get_title()
+    assert title == f"CIFAR-10, VGG-16 ×1: {text}"
+
+
 def test_accuracy_table_shows_mean_and_deviation(accuracy):
     table = plots.accuracy_table(accuracy)
     assert table.columns.to_list() == ["0 %", "90 %", "95 %"]
