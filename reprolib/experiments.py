@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from reprolib import data, pruning, records, storage, training
+from reprolib import data, precision, pruning, records, storage, training
 from reprolib.models import layer_flops, vgg16
 from reprolib.patterns import Balanced, Block, Pattern, fitting_bank, parse, sizes
 from reprolib.training import Recipe
@@ -341,6 +341,7 @@ def _dense_columns(dense: Dense) -> dict:
         "dataset": dense.dataset,
         "model": "vgg16",
         "width": dense.width,
+        "precision": precision.usable(dense.recipe.precision, training.device().type),
         "pattern": "dense",
         "seed": dense.seed,
     }

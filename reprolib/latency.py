@@ -29,6 +29,7 @@ from reprolib import paths, pruning, records, sparse
 from reprolib.deadline import OutOfTime
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
+from reprolib.precision import usable
 from reprolib.profiles import Profile
 from reprolib.sparse import cpu, cuda
 from reprolib.sparse.layers import SparseConv2d
@@ -253,7 +254,7 @@ def _folded(model: nn.Sequential) -> nn.Sequential:
 
 
 def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:
-    """The dense rivals: on a CPU oneDNN in both layouts and types, on a GPU cuDNN and the compiler, in fp16."""
+    """The dense rivals: on a CPU oneDNN in both layouts and usable types, on a GPU cuDNN and the compiler, in fp16."""
 
     def run(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
         model = copy.deepcopy(model).to(device, dtype, memory_format=layout)
@@ -263,7 +264,8 @@ def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> It
     if device == "cpu":
         yield Contender("oneDNN, channels first", "fp32", run(model, torch.float32, first))
         yield Contender("oneDNN, channels last", "fp32", run(model, torch.float32, last))
-        yield Contender("oneDNN, channels last", "bf16", run(model, torch.bfloat16, last))
+        if usable("bf16", device) == "bf16":
+            yield Contender("oneDNN, channels last", "bf16", run(model, torch.bfloat16, last))
         return
     torch.backends.cudnn.benchmark = True
     yield Contender("cuDNN, channels last", "fp16", run(model, torch.float16, last))

@@ -122,7 +122,10 @@ def commit() -> str:
 
 @cache
 def hardware(device: str | None = None) -> str:
-    """The GPU's name, or the processor's with its core count; of the device that trains if none is named."""
+    """The GPU's name, or the processor's with its cores and vector instructions; of the device that trains by default.
+
+    Cloud machines call processors of several generations by one name; the instructions tell them apart.
+    """
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -133,4 +136,4 @@ def hardware(device: str | None = None) -> str:
                 break
     except OSError:
         pass  # not Linux: the plain name does
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -29,8 +29,9 @@ from reprolib import data, pruning, records
 from reprolib.data import Dataset
 from reprolib.models import layer_flops, vgg16
 from reprolib.patterns import parse
+from reprolib.precision import PRECISIONS, usable
 from reprolib.profiles import Profile
-from reprolib.training import PRECISIONS, MaskSchedule, Recipe, fit
+from reprolib.training import MaskSchedule, Recipe, fit
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 STEPS = {"cpu": 32, "cuda": 350}  # per epoch
@@ -67,10 +68,11 @@ def benchmark(profile: Profile, device: str) -> pd.DataFrame:
     for pattern, networks in itertools.product(("dense", PRUNED[0]), sorted(set(SIDE_BY_SIDE[device]))):
         cases.append(Case(OURS, pattern, networks, max(1, CORES // networks)))
     flops = training_flops(_network(profile))
-    peaks = {precision: peak_flop_per_s(device, precision) for precision in {"fp32", profile.recipe.precision}}
+    ours = usable(profile.recipe.precision, device)
+    peaks = {precision: peak_flop_per_s(device, precision) for precision in {"fp32", ours}}
     rows = []
     for case in tqdm(cases, desc=f"training on {device}", unit="case"):
-        precision = "fp32" if case.loop == PLAIN else profile.recipe.precision
+        precision = "fp32" if case.loop == PLAIN else ours
         speed = images_per_s(profile, device, case)
         rows.append(
             {

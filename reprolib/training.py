@@ -20,21 +20,22 @@ from tqdm.auto import tqdm
 from reprolib import records
 from reprolib.data import Dataset, Split, augmented, draw_augmentations, normalised
 from reprolib.deadline import OutOfTime
+from reprolib.precision import PRECISIONS, autocast
 
 WARM_UP = 0.1  # share of the dense schedule in which the learning rate rises
 EVALUATION_BATCH = {"cpu": 500, "cuda": 2500}
 CHECKPOINT_EVERY_S = 120
 EAGER_STEPS = 3  # before a step is captured: lazy initialisation must be over by then
 FINE_TUNING_LR = 0.01  # of the peak: where a schedule that ends at zero is "at its end"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train: SGD with Nesterov momentum 0.9. Weight decay is no sparsity-inducing penalty (see README).
 
-    `lr` is the peak learning rate; `precision` is fp32, or bf16 by autocast; `label_smoothing` is the share of each
-    target that is spread evenly over all classes (Szegedy et al., 2016).
+    `lr` is the peak learning rate; `precision` is fp32, or bf16 by autocast where the device multiplies that (see
+    `precision.usable`); `label_smoothing` is the share of each target that is spread evenly over all classes (Szegedy
+    et al., 2016).
     """
 
     epochs: int
@@ -169,7 +170,7 @@ def fit(
     def step(draws: Tensor, penalised: bool) -> None:
         chosen = draws[:, 0]
         images = normalised(augmented(train.images[chosen], draws[:, 1:], dataset), dataset)
-        with autocast(where, recipe.precision):
+        with autocast(recipe.precision, where.type):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), train.labels[chosen], label_smoothing=recipe.label_smoothing)
         total.add_(loss.detach())
@@ -343,12 +344,7 @@ def _mean_over(split: Split, model: nn.Module, dataset: Dataset, precision: str,
     total = torch.zeros((), device=split.labels.device)
     batch = EVALUATION_BATCH[split.labels.device.type]
     for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        with autocast(images.device, precision):
+        with autocast(precision, images.device.type):
             logits = model(normalised(images, dataset))
         total += total_of(logits.float(), labels)
     return total.item() / len(split)
-
-
-def autocast(where: torch.device, precision: str):
-    """The autocast context that a recipe's precision asks for."""
-    return torch.autocast(where.type, PRECISIONS["bf16"], enabled=precision == "bf16")

@@ -229,6 +229,7 @@ def test_row_has_every_column_of_the_results_table(folder):
         "target_sparsity": 0.75,
         "seed": 0,
         "epochs": 2,
+        "precision": "fp32",
     }
     assert row.items() >= expected.items()
     measured = {"sparsity", "sparsity_total", "accuracy_dense_pct", "accuracy_pruned_pct", "accuracy_pct"}

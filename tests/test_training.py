@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from reprolib import records, training
+from reprolib import precision, records, training
 from reprolib.data import Split
 from reprolib.deadline import OutOfTime
 from reprolib.patterns import parse
@@ -371,12 +371,20 @@ def test_optimizer_gets_the_scheduled_rate_at_each_step(few_digits, small_net, b
 # --- Precision and errors ---------------------------------------------------------------------------------------------
 
 
-def test_bf16_trains_weights_that_stay_fp32(few_digits, small_net):
+def test_bf16_trains_weights_that_stay_fp32(few_digits, small_net, monkeypatch):
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda device_type: True)
     fp32, _ = trained(small_net(), few_digits)
     bf16, _ = trained(small_net(), few_digits, replace(SHORT, precision="bf16"))
     assert bf16.dtype == torch.float32 and bf16.isfinite().all()
     assert not torch.equal(bf16, fp32)
     torch.testing.assert_close(bf16, fp32, atol=0.05, rtol=0.05)
+
+
+def test_bf16_that_would_be_emulated_trains_as_fp32(few_digits, small_net, monkeypatch):
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda device_type: False)
+    asked, _ = trained(small_net(), few_digits, replace(SHORT, precision="bf16"))
+    fp32, _ = trained(small_net(), few_digits)
+    assert torch.equal(asked, fp32)
 
 
 def test_diverging_training_stops_with_a_lower_rate_as_advice(few_digits, small_net):
