@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from reprolib import experiments
+from reprolib import experiments, records
 from reprolib.deadline import OutOfTime
 from reprolib.experiments import Dense, Pruned
 from reprolib.processes import end_with_parent
@@ -105,6 +105,7 @@ def _work(pipe: Connection, threads: int, log: Path) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     tqdm.set_lock(threading.RLock())  # not one between processes, which would outlive a process that is ended
     torch.set_num_threads(threads)
+    records.commit()  # kept from here on: the code may change on disk while this process trains with what it has loaded
     while True:
         experiment, folder, deadline = pipe.recv()
         try:
