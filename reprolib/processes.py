@@ -5,9 +5,12 @@ import threading
 import time
 
 
-def end_with_parent() -> None:
-    """End this process when the process that started it is gone, however that one ended."""
-    parent = os.getppid()
+def end_with_parent(parent: int | None = None) -> None:
+    """End this process when the process that started it is gone, however that one ended.
+
+    `parent` is the id of that process, for who can tell it: it may be gone before this one asks for the first time.
+    """
+    parent = parent or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -99,7 +99,7 @@ def _start(threads: int, log: Path) -> Worker:
 
 def _work(pipe: Connection, threads: int, log: Path) -> None:
     """Answer every experiment with its errors, none if it is done or out of time, and whether to send another one."""
-    end_with_parent()
+    end_with_parent(multiprocessing.parent_process().pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     with log.open("a") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())

@@ -1,6 +1,8 @@
 """Worker processes train a plan: dense networks first, errors do not stop the others, and a deadline does."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -65,6 +67,28 @@ def test_unforeseen_error_is_named_and_the_plan_goes_on(tmp_path):
     [error] = train([faulty, DENSE], tmp_path / "runs", workers=1)
     assert "AttributeError" in error
     assert "training.log" in error and experiments.is_done(DENSE, tmp_path / "runs")
+
+
+ORPHAN = """
+import os, pathlib, sys
+from reprolib import workers
+from reprolib.experiments import Dense
+from reprolib.training import Recipe
+
+if __name__ == "__main__":
+    folder = pathlib.Path(sys.argv[1])
+    endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    workers._start(1, folder / "training.log").pipe.send((endless, folder, float("inf")))
+    os._exit(9)  # killed before the worker has loaded anything
+"""
+
+
+def test_worker_ends_with_who_started_it_even_if_that_one_is_gone_before_it_looks(tmp_path):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    # The worker inherits the pipe of the output: reading ends when the worker does.
+    done = subprocess.run([sys.executable, script, tmp_path], stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == 9
 
 
 def test_deadline_leaves_a_checkpoint_to_go_on_from(tmp_path):
