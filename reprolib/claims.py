@@ -116,7 +116,10 @@ def _accuracy_rows(claim: int, dataset: str, group: pd.DataFrame, rival: str) ->
         return [_row(claim, dataset, name, [], "points", remark)]
     complete = decisive.dropna(axis=1)  # only seeds that have every sparsity count in the mean over sparsities
     tested = ", ".join(f"{100 * s:g}" for s in decisive.index)
-    rows = [_row(claim, dataset, name, complete.mean(axis=0), "points", f"mean over {tested} % sparsity")]
+    what = f"mean over {tested} % sparsity" if len(decisive) > 1 else f"at {tested} % sparsity"
+    rows = [_row(claim, dataset, name, complete.mean(axis=0), "points", what)]
+    if len(differences) == 1:  # the row above says it all
+        return rows
     for sparsity, values in differences.iterrows():
         row = _row(claim, dataset, f"{name} at {100 * sparsity:g} %", values.dropna(), "points", "")
         rows.append(row | {"verdict": ORIENTATION})

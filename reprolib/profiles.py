@@ -12,7 +12,7 @@ from reprolib.claims import DECIDED_FROM
 from reprolib.experiments import Dense, Pruned
 from reprolib.training import Recipe
 
-DRY_RUN, DRY_IMAGES = "-dry-run", 32
+DRY_RUN, DRY_IMAGES = "-dry-run", 16
 DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
 
 
@@ -106,7 +106,7 @@ class Profile:
 
 
 def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
-    """What a profile asks for, beside what its ``accuracy.csv`` holds. Index: dataset, method.
+    """What a profile asks for, beside what its ``accuracy.csv`` holds. Index: dataset, method, in the profile's order.
 
     Columns: asked and trained (networks), missing (their seeds and sparsities, as a text), hours_left (to train the
     missing ones one after the other, at the mean time per epoch of the networks of the data set that are there; NaN
@@ -124,6 +124,7 @@ def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
         }
         for e in dense + profile.asked("methods")
     )
+    rows = rows.sort_values("dataset", key=lambda names: names.map(profile.datasets.index), kind="stable")
     rows["trained"] = rows["run_id"].isin(accuracy["run_id"])
     times = accuracy.groupby("dataset")[["wall_time_s", "epochs"]].sum()
     hours_per_epoch = rows["dataset"].map(times["wall_time_s"] / times["epochs"]) / 3600

@@ -84,6 +84,13 @@ def test_one_seed_is_undecided_and_says_so():
     assert row["verdict"] == "undecided" and "one seed" in row["remark"]
 
 
+def test_a_single_sparsity_has_one_row_that_names_it():
+    one = claims.decide(accuracy_frame({("hybrid", 0.95): [85.0, 85.1], ("block", 0.95): [80.0, 80.0]}))
+    assert one.loc[one["claim"] == 1, ["comparison", "remark"]].to_numpy().tolist() == [
+        ["hybrid − block", "at 95 % sparsity"]
+    ]
+
+
 def test_missing_rival_is_no_data():
     row = deciding(accuracy_frame({("hybrid", 0.9): [85.0, 85.1]}), 2)
     assert row["verdict"] == "no data" and "balanced" in row["remark"]

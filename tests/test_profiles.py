@@ -122,6 +122,14 @@ def test_coverage_counts_what_is_trained_and_estimates_the_rest(load):
     assert table["hours_left"].tolist() == pytest.approx([9 / 7, 12 / 7, 12 / 7])
 
 
+def test_coverage_keeps_the_rows_of_a_data_set_together(load):
+    profile = load(datasets=["digits", "cifar10"], ablations={})
+    empty = pd.DataFrame(columns=["run_id", "dataset", "epochs", "wall_time_s"])
+    assert profiles.coverage(profile, empty).index.tolist() == [
+        (dataset, method) for dataset in ("digits", "cifar10") for method in ("dense", "block", "hybrid")
+    ]
+
+
 def test_unknown_profile_is_refused_with_the_choice(load):
     load()
     with pytest.raises(ValueError, match="unknown profile 'huge': known are mine"):
