@@ -60,7 +60,7 @@ else:  # make reproduce, make figures: one profile
             f"{RESULTS}/claims.csv",
             drawn("mask_anatomy", "accuracy_vs_sparsity", "claims"),
             drawn("bank_block", "variations", "retraining_budget") if ABLATIONS else [],
-            drawn("roofline", "latency_vs_sparsity", "accuracy_vs_latency"),
+            drawn("latency_vs_sparsity", "accuracy_vs_latency"),
             tabled("accuracy", "latency", "claims"),
 
     # --- How one network was trained and pruned -----------------------------------------------------------------------
@@ -149,7 +149,7 @@ else:  # make reproduce, make figures: one profile
             LATENCY,
             notebook=paths.notebook("05"),
         output:
-            drawn("roofline", "latency_vs_sparsity"),
+            drawn("latency_vs_sparsity"),  # and, where single layers were timed, roofline
             tabled("latency"),
             notebook=f"{EXECUTED}/05.ipynb",
         params:

@@ -2,7 +2,7 @@
 
 import re
 
-from reprolib import analysis, claims, paths, plots, records, speed_plots
+from reprolib import analysis, claims, paths, plots, records, speed_plots, throughput
 
 README = (paths.ROOT / "README.md").read_text()
 
@@ -29,6 +29,17 @@ def test_table_of_speeds_holds_the_committed_latencies():
         assert cells == table.loc[name].to_list(), name
 
 
+def test_table_of_training_speeds_holds_the_committed_ones():
+    for row in throughput.speed_table(records.read_csv(LAPTOP / "training.csv")).itertuples(index=False):
+        assert f"| {' | '.join(row)} |" in README
+
+
+def test_table_of_the_full_network_holds_the_committed_accuracies():
+    accuracy = records.read_csv(paths.ROOT / "results" / "evening" / "accuracy.csv")
+    for name, row in plots.accuracy_table(accuracy).iterrows():
+        assert f"| {name} | {' | '.join(row)} |" in README
+
+
 def test_files_that_the_readme_names_exist():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(targets) > 10
@@ -36,7 +47,7 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_make_targets_that_the_readme_names_exist():
-    targets = set(re.findall(r"(?<!snake)make ([a-z]+)", README))
+    targets = set(re.findall(r"(?<!snake)make ([a-z-]+)", README))
     makefile = (paths.ROOT / "Makefile").read_text()
-    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench"} <= targets
+    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench", "bench-train"} <= targets
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
