@@ -128,7 +128,7 @@ def test_budget_trains_draws_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     accuracy = pd.read_csv(results / "accuracy.csv")
     assert len(accuracy) + len(pd.read_csv(results / "ablations.csv")) >= len(plan)
-    assert (drawn / "accuracy_vs_sparsity.svg").exists() and not (drawn / "roofline.svg").exists()
+    assert (drawn / "accuracy_vs_sparsity.svg").exists() and not (drawn / "latency_vs_sparsity.svg").exists()
     claims = pd.read_csv(results / "claims.csv").set_index("claim")
     assert claims.loc[4, "verdict"] == "no data" and "make bench" in claims.loc[4, "remark"]
 
