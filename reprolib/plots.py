@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,9 +17,6 @@ from pandas.io.formats.style import Styler
 
 from reprolib.patterns import Hybrid, gemm_view
 from reprolib.records import write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 # One colour and marker per method in every figure (Okabe & Ito's palette, safe for colour-blind readers).
 STYLE = {
