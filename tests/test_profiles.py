@@ -110,6 +110,11 @@ def test_dry_run_has_the_networks_of_its_profile_with_six_steps_each(load):
     assert not {e.run_id for e in dry.plan()} & {e.run_id for e in profile.plan()}
 
 
+def test_dry_run_takes_two_seeds_so_that_claims_get_intervals(load):
+    load(seeds=[3, 4, 5])
+    assert {e.seed for e in profiles.load("mine-dry-run").plan() if isinstance(e, Dense)} == {3, 4}
+
+
 def test_coverage_counts_what_is_trained_and_estimates_the_rest(load):
     profile = load(datasets=["digits"], ablations={})
     done = [profile.dense("digits", 0), *profile.pruned("block", "digits", 0)]
