@@ -34,7 +34,7 @@ lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
-reproduce: env ## compute everything: PROFILE=quick, laptop, evening or paper (default: what fits); BUDGET=20m stops in time
+reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening or paper (default: what fits); BUDGET=20m stops in time
 	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget $(BUDGET))
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
