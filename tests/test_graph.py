@@ -83,7 +83,7 @@ def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reproduce", "--profile", "huge"], "error: unknown profile 'huge': known are evening, laptop, paper, quick"),
+        (["reproduce", "--profile", "huge"], f"error: unknown profile 'huge': known are {', '.join(profiles.names())}"),
         (["figures", "--profile", "quick"], "error: no results in "),
         (["sweep", "--notebook", "02", "--grid", "nowhere.yaml"], "nowhere.yaml"),
     ],
