@@ -10,7 +10,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def usable(precision: str, device_type: str) -> str:
     """What `precision` comes to on a ``cpu`` or ``cuda`` device: fp32 where bf16 would be emulated.
 
-    A CPU without bf16 instructions trains 12 to 20 times slower in bf16 than in fp32 (VGG-16, AMD Zen 3).
+    A CPU without bf16 instructions trains more than ten times slower in bf16 than in fp32 (a one-off look, AMD Zen 3).
     """
     return precision if precision == "fp32" or _multiplies_bf16(device_type) else "fp32"
 
