@@ -14,9 +14,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from reprolib import data, precision, pruning, records, storage, training
+from reprolib import checks, data, precision, pruning, records, storage, training
 from reprolib.models import layer_flops, vgg16
-from reprolib.patterns import Balanced, Block, Pattern, fitting_bank, parse, sizes
+from reprolib.patterns import Balanced, Block, Hybrid, Pattern, check_sparsity, fitting_bank, parse, sizes
 from reprolib.training import Recipe
 
 TOLERANCE = 0.005  # half a point: how far achieved sparsity may lie from its target
@@ -42,7 +42,17 @@ class Dense:
     def __post_init__(self):
         if self.dataset not in data.NAMES:
             raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"recipe must be a Recipe, not {self.recipe!r}")
+        if not isinstance(self.hidden, (tuple, list)):
+            raise ValueError(f"hidden must list the sizes of linear layers, not {self.hidden!r}")
+        _normalise(
+            self,
+            width=checks.number("width", self.width),
+            hidden=tuple(checks.whole("hidden", size) for size in self.hidden),
+            seed=checks.whole("seed", self.seed, 0),
+            images=checks.whole("images", self.images, 0),
+        )
 
     @cached_property
     def run_id(self) -> str:
@@ -61,6 +71,8 @@ class Pruned:
     `pattern` is the text form of a pattern; `score` is magnitude or random (the control); `schedule`, `ratios` and
     `retraining` are explained in `reprolib.pruning` and `reprolib.training`; `group_lasso` > 0 adds that penalty on
     the blocks of the pattern while masks still change; `prune_ends` includes the first convolution and the classifier.
+    `masks` are nested: what a step of the schedule prunes stays pruned. Refitted ones, made from the weights alone at
+    each step, are there for comparison: in a hybrid they bring pruned blocks back.
     """
 
     dense: Dense
@@ -73,27 +85,30 @@ class Pruned:
     retraining: str = "lr-rewinding"
     group_lasso: float = 0.0
     prune_ends: bool = False
+    masks: str = "nested"
 
     def __post_init__(self):
+        if not isinstance(self.dense, Dense):
+            raise ValueError(f"dense must be the Dense experiment to start from, not {self.dense!r}")
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f"pattern must be the text form of one, such as {str(Block(4, 4))!r}, not {self.pattern!r}"
+            )
         pattern = parse(self.pattern)
-        # One spelling, one id.
-        object.__setattr__(self, "pattern", str(pattern))
-        object.__setattr__(self, "sparsity", float(self.sparsity))
-        object.__setattr__(self, "group_lasso", float(self.group_lasso))
-        for name, choice in (
-            ("score", pruning.SCORES),
-            ("schedule", pruning.SCHEDULES),
-            ("ratios", pruning.RATIOS),
-            ("retraining", RETRAININGS),
-        ):
-            if getattr(self, name) not in choice:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(choice)}")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must lie in [0, 1), not {self.sparsity!r}: 0.9 prunes nine weights of ten")
-        if not (isinstance(self.epochs, int) and self.epochs >= 1):
-            raise ValueError(f"epochs must be a whole number of at least 1, not {self.epochs!r}")
-        if not self.group_lasso >= 0:
-            raise ValueError(f"group_lasso is a strength of at least 0, not {self.group_lasso!r}")
+        _normalise(  # one spelling, one id
+            self,
+            pattern=str(pattern),
+            sparsity=checks.number("sparsity", self.sparsity),
+            epochs=checks.whole("epochs", self.epochs),
+            score=checks.choice("score", self.score, pruning.SCORES),
+            schedule=checks.choice("schedule", self.schedule, pruning.SCHEDULES),
+            ratios=checks.choice("ratios", self.ratios, pruning.RATIOS),
+            retraining=checks.choice("retraining", self.retraining, RETRAININGS),
+            group_lasso=checks.number("group_lasso", self.group_lasso),
+            prune_ends=checks.flag("prune_ends", self.prune_ends),
+            masks=checks.choice("masks", self.masks, pruning.MASKS),
+        )
+        check_sparsity(self.sparsity)
         if self.group_lasso and not isinstance(pattern, Block):
             raise ValueError(f"group_lasso shrinks blocks, and {self.pattern} has none: use it with Block(rows, cols)")
 
@@ -117,9 +132,21 @@ class Pruned:
         return f"{self.dense.dataset}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
 
 
+def _normalise(frozen, **values) -> None:
+    for name, value in values.items():
+        object.__setattr__(frozen, name, value)
+
+
 def fingerprint(experiment: Dense | Pruned) -> str:
-    """Eight hex digits of the non-default fields: a new field with a default keeps the ids of old runs."""
-    return records.fingerprint(_non_default(experiment))
+    """Eight hex digits of the non-default fields: a new field with a default keeps the ids of old runs.
+
+    Hybrids on a schedule always say how their masks are made: up to version 0.1 they were refitted without saying so.
+    """
+    value = _non_default(experiment)
+    in_steps = isinstance(experiment, Pruned) and experiment.schedule != "one-shot"
+    if in_steps and isinstance(parse(experiment.pattern), Hybrid):
+        value["masks"] = experiment.masks
+    return records.fingerprint(value)
 
 
 def _non_default(value):
@@ -242,9 +269,10 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
     def due_at(progress: float) -> tuple[float, ...]:
         return tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values())
 
-    def masks_for(due: tuple[float, ...]) -> dict[str, Tensor]:
+    def masks_for(due: tuple[float, ...], alive: dict[str, Tensor]) -> dict[str, Tensor]:
         sparsities = dict(zip(weights, due, strict=True))
-        return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed)
+        nesting = {"alive": alive, "targets": ratios} if experiment.masks == "nested" else {}
+        return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed, **nesting)
 
     def penalty() -> Tensor:
         return experiment.group_lasso * pruning.group_lasso(weights, pattern)
@@ -273,6 +301,7 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         "retraining": experiment.retraining,
         "group_lasso": experiment.group_lasso,
         "prune_ends": experiment.prune_ends,
+        "masks": experiment.masks,
         "target_sparsity": experiment.sparsity,
         "sparsity": pruning.achieved_sparsity(masks),
         "sparsity_total": pruned / _parameters(model),

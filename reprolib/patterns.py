@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reprolib import checks
+
 ORDERS = ("channels_last", "channels_first")
+NORMS = ("l1", "l2", "max", "mean")
 
 
 # --- The GEMM view --------------------------------------------------------------------------------------------------
@@ -105,43 +108,66 @@ class Pattern:
         raise NotImplementedError
 
     def __post_init__(self):
-        if self.order not in ORDERS:
-            raise ValueError(f"column order {self.order!r} is unknown: use one of {', '.join(ORDERS)}")
+        checks.choice("column order", self.order, ORDERS)
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in ("int", int) and not (type(value) is int and value >= 1):
-                raise ValueError(f"{type(self).__name__}: {f.name} must be a whole number of at least 1, not {value!r}")
+            if f.type in ("int", int):
+                size = checks.whole(f"{type(self).__name__}: {f.name}", getattr(self, f.name))
+                object.__setattr__(self, f.name, size)
 
     @property
     def family(self) -> str:
         """The pattern's name without its sizes, as it stands in tables: ``"block"``, ``"hybrid"`` ..."""
         return type(self).__name__.lower()
 
-    def mask(self, weight: Tensor, sparsity: float) -> Tensor:
+    def mask(self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None) -> Tensor:
         """Bool mask shaped like `weight`, on its device; True = keep the weight.
 
         In each group of n units exactly floor(sparsity * n + 0.5) are pruned, those with the smallest scores; ties go
         by position and at least one unit stays. To get the random control of a pattern, pass random numbers of the
         weight's shape instead of the weight.
 
-        Raises ValueError for a sparsity outside [0, 1) and for a weight that is not finite or has no GEMM view.
-        """
-        matrix = _magnitudes(weight, sparsity, self.order)
-        scores = self.scores(matrix)
-        keep = keep_largest(scores, scores.shape[1] - pruned_count(scores.shape[1], sparsity))
-        return from_gemm_view(self.spread(keep, matrix.shape), weight.shape, self.order)
+        A schedule that prunes in steps passes `alive`, the mask of the step before, and `target`, the sparsity at its
+        end (`sparsity` by default): what `alive` has pruned stays pruned.
 
-    def ranks(self, weight: Tensor) -> tuple[Tensor, int]:
+        Raises ValueError for sparsities outside [0, 1) and for a weight that is not finite, not of a floating type, or
+        without a GEMM view.
+        """
+        scores = self.unit_scores(weight, alive)
+        check_sparsity(sparsity)
+        keep = keep_largest(scores, scores.shape[1] - pruned_count(scores.shape[1], sparsity))
+        mask = self._spread_over(weight, keep)
+        return mask if alive is None else mask & alive
+
+    def ranks(self, weight: Tensor, alive: Tensor | None = None) -> tuple[Tensor, int]:
         """Rank of every weight's unit in its group (0 = the last to be pruned), shaped like `weight`; and n units.
 
-        ``ranks < count`` is the mask that keeps `count` units in each group.
+        ``ranks < count`` is the mask that keeps `count` units in each group. Units of which nothing is `alive` are the
+        first to be pruned.
         """
-        matrix = _magnitudes(weight, 0.0, self.order)
-        scores = self.scores(matrix)
+        scores = self.unit_scores(weight, alive)
         best_first = scores.argsort(dim=1, descending=True, stable=True)
         position = torch.arange(scores.shape[1], dtype=torch.int32, device=weight.device).expand_as(best_first)
         ranks = torch.empty_like(best_first, dtype=torch.int32).scatter_(1, best_first, position)
-        return from_gemm_view(self.spread(ranks, matrix.shape), weight.shape, self.order), scores.shape[1]
+        return self._spread_over(weight, ranks), scores.shape[1]
+
+    def unit_scores(self, weight: Tensor, alive: Tensor | None = None) -> Tensor:
+        """Scores float64 ``[groups, units]`` of a weight of any floating type, up to a factor common to all of them.
+
+        -inf marks what is no unit (the filling of a partial group) and units of which nothing is `alive`.
+        """
+        matrix = _magnitudes(weight, self.order)
+        scores = self.scores(matrix)
+        if alive is not None:
+            places = torch.arange(scores.numel(), device=weight.device).view(scores.shape)
+            gone = torch.ones(scores.numel(), dtype=torch.bool, device=weight.device)
+            gone[self.spread(places, matrix.shape)[gemm_view(alive, self.order)]] = False
+            scores = scores.masked_fill(gone.view(scores.shape), -math.inf)
+        return scores
+
+    def _spread_over(self, weight: Tensor, values: Tensor) -> Tensor:
+        """`spread`, shaped like `weight`."""
+        matrix = self.spread(values, gemm_view(weight, self.order).shape)
+        return from_gemm_view(matrix, weight.shape, self.order)
 
     def __and__(self, coarse: Pattern) -> Hybrid:
         """``fine & coarse``: both masks are made on their own and a weight stays where both keep it."""
@@ -180,8 +206,7 @@ class Block(Pattern):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.norm not in ("l1", "l2", "max", "mean"):
-            raise ValueError(f"Block: norm {self.norm!r} is unknown: use l1, l2, max or mean")
+        checks.choice("Block: norm", self.norm, NORMS)
 
     def scores(self, matrix: Tensor) -> Tensor:
         tiles = tile(matrix, self.rows, self.cols)
@@ -234,10 +259,12 @@ class NM(Pattern):
         if self.n > self.m:
             raise ValueError(f"NM keeps n of m weights: n = {self.n} must not be larger than m = {self.m}")
 
-    def mask(self, weight: Tensor, sparsity: float) -> Tensor:
-        """As `Pattern.mask`, with a sparsity of always 1 - n / m."""
-        _magnitudes(weight, sparsity, self.order)
-        return Balanced(self.m, order=self.order).mask(weight, 1 - self.n / self.m)
+    def mask(self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None) -> Tensor:
+        """As `Pattern.mask`, with a sparsity of 1 - n / m: at once, or at most that much on the way to a `target`."""
+        check_sparsity(sparsity)
+        on_the_way = target is not None and sparsity < target
+        due = min(sparsity, 1 - self.n / self.m) if on_the_way else 1 - self.n / self.m
+        return Balanced(self.m, order=self.order).mask(weight, due, alive)
 
     def scores(self, matrix: Tensor) -> Tensor:
         return Balanced(self.m).scores(matrix)
@@ -288,27 +315,38 @@ class Hybrid(Pattern):
             raise ValueError("the coarse half of a hybrid must be a single pattern: write (a & b) & c, not a & (b & c)")
         if self.order != ORDERS[0]:
             raise ValueError("a hybrid has no column order of its own: give order= to its halves")
-        if not 0 <= self.split <= 1:
+        if isinstance(self.coarse, NM):
+            raise ValueError(f"{self.fine} & {self.coarse} would not be n:m: write {self.coarse} & {self.fine}")
+        if checks.number("split", self.split) > 1:
             raise ValueError(f"split must lie in [0, 1], not {self.split!r}")
         object.__setattr__(self, "split", float(self.split))  # 1 and 1.0 are one pattern with one text form
+        checks.flag("rescore", self.rescore)
 
-    def mask(self, weight: Tensor, sparsity: float) -> Tensor:
+    def mask(self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None) -> Tensor:
         """As `Pattern.mask`; the achieved sparsity is within one coarse unit of the target if the halves allow it."""
-        fine, coarse = self.halves(weight, sparsity)
+        fine, coarse = self.halves(weight, sparsity, alive, target)
         return fine & coarse  # THE AND of the paper
 
-    def halves(self, weight: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
-        """The fine and the coarse mask whose AND meets `sparsity`."""
-        _magnitudes(weight, sparsity, self.order)
-        density_fine = round((1.0 - sparsity) ** self.split, 12)
-        fine = self.fine.mask(weight, 1.0 - density_fine)
-        ranks, units = self.coarse.ranks(weight * fine if self.rescore else weight)
-        # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group.
-        kept = torch.bincount(ranks[fine], minlength=units).cumsum(0)
-        wanted = weight.numel() - pruned_count(weight.numel(), sparsity)
-        distance = (kept - wanted).abs().masked_fill(kept == 0, weight.numel())  # a layer never becomes empty
-        kept_units = int(distance.argmin()) + 1
-        return fine, ranks < kept_units
+    def halves(
+        self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The fine and the coarse mask whose AND meets `sparsity`.
+
+        On the way to a `target` the coarse half keeps at least the units that it needs there. Without that bound it
+        would prune more of them than the target has room for, as long as the fine half keeps more weights of each.
+        """
+        check_sparsity(sparsity)
+        target = sparsity if target is None else target
+        ends = self._fine_sparsity(target)
+        fine = self.fine.mask(weight, self._fine_sparsity(sparsity), alive, ends)
+        ranks, units = self.coarse.ranks(weight * fine if self.rescore else weight, alive)
+        count = _units_to_keep(ranks, units, fine, sparsity)
+        if target > sparsity:
+            count = max(count, _units_to_keep(ranks, units, self.fine.mask(weight, ends, alive), target))
+        return fine, ranks < count
+
+    def _fine_sparsity(self, sparsity: float) -> float:
+        return 1.0 - round((1.0 - sparsity) ** self.split, 12)
 
     @property
     def family(self) -> str:
@@ -319,18 +357,40 @@ class Hybrid(Pattern):
         return f"{self.fine} & {self.coarse}" if self == plain else super().__str__()
 
 
-def _magnitudes(weight: Tensor, sparsity: float, order: str) -> Tensor:
-    """The checked weight's magnitudes in GEMM view."""
+def _units_to_keep(ranks: Tensor, units: int, fine: Tensor, sparsity: float) -> int:
+    """How many units the coarse half keeps in each group, for the AND with `fine` to come nearest to `sparsity`."""
+    # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group.
+    kept = torch.bincount(ranks[fine], minlength=units).cumsum(0)
+    wanted = ranks.numel() - pruned_count(ranks.numel(), sparsity)
+    distance = (kept - wanted).abs().masked_fill(kept == 0, ranks.numel())  # a layer never becomes empty
+    return int(distance.argmin()) + 1
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raises ValueError for a sparsity outside [0, 1)."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), not {sparsity!r}: 0.9 prunes nine weights of ten")
+
+
+def _magnitudes(weight: Tensor, order: str) -> Tensor:
+    """The checked weight's magnitudes in GEMM view, float64 ``[C_out, columns]``, contiguous.
+
+    The largest one is scaled to [0.5, 1), by a power of two: no sum or square of them overflows, and a mask is the same
+    for every floating type, scale and memory layout of the weight.
+    """
     if weight.dim() not in (2, 4) or weight.numel() == 0:
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} has no GEMM view: "
             "patterns take Conv2d [C_out, C_in, K_h, K_w] and Linear [out, in] weights"
         )
-    if not torch.isfinite(weight).all():
+    if not weight.is_floating_point():
+        raise ValueError(f"a weight of {weight.dtype} cannot be ranked: patterns take floating-point weights")
+    matrix = gemm_view(weight.detach(), order).to(torch.float64, memory_format=torch.contiguous_format).abs()
+    largest = matrix.max()
+    if not largest.isfinite():
         raise ValueError("the weight holds NaN or infinite values and cannot be ranked: did the training diverge?")
-    return gemm_view(weight.detach().abs(), order)
+    exponent = torch.frexp(largest).exponent.clamp(-1000, 1000)
+    return torch.ldexp(matrix, -exponent)
 
 
 # --- Text form and sizes --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from reprolib.patterns import Block, Pattern, gemm_view, tile
 SCHEDULES = ("one-shot", "gradual", "iterative")
 RATIOS = ("uniform", "global", "sensitivity")
 SCORES = ("magnitude", "random")
+MASKS = ("nested", "refitted")
 
 PRUNING_PHASE = 2 / 3  # share of retraining in which masks are still recomputed
 MASK_UPDATES = 20  # how often they are
@@ -21,23 +23,43 @@ SPARSEST = 0.995  # bound of a layer's own sparsity where ratios differ by layer
 
 
 def prunable(model: nn.Module, ends: bool = False) -> dict[str, nn.Parameter]:
-    """The weights that get pruned, by module name: all but the first convolution and the classifier (`ends`: all)."""
+    """The weights that get pruned, by module name: all but the first convolution and the classifier (`ends`: all).
+
+    Raises ValueError where there is nothing to prune, and for the weights that `models.weights` refuses.
+    """
     named = weights(model)
-    return named if ends else dict(list(named.items())[1:-1])
+    chosen = named if ends else dict(list(named.items())[1:-1])
+    if not chosen:
+        raise ValueError(
+            f"nothing to prune: of {len(named)} convolutions and linear layers the first and the last stay dense "
+            "unless prune_ends is asked for"
+        )
+    return chosen
 
 
 # --- Masks of a network ---------------------------------------------------------------------------------------------
 
 
 def make_masks(
-    named: dict[str, Tensor], pattern: Pattern, sparsities: dict[str, float], score: str = "magnitude", seed: int = 0
+    named: dict[str, Tensor],
+    pattern: Pattern,
+    sparsities: dict[str, float],
+    score: str = "magnitude",
+    seed: int = 0,
+    alive: dict[str, Tensor] | None = None,
+    targets: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """One mask per weight, each pruned to its own sparsity. ``score="random"`` ranks random numbers instead."""
+    """One mask per weight, each pruned to its own sparsity. ``score="random"`` ranks random numbers instead.
+
+    In the steps of a schedule, `alive` holds the masks of the step before (empty at the first) and `targets` the
+    sparsities at the end, as `Pattern.mask` takes them.
+    """
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, weight in named.items():
         ranked = torch.rand(weight.shape, generator=generator).to(weight.device) if score == "random" else weight
-        masks[name] = pattern.mask(ranked, sparsities[name])
+        target = targets[name] if targets else None
+        masks[name] = pattern.mask(ranked, sparsities[name], (alive or {}).get(name), target)
     return masks
 
 
@@ -69,10 +91,9 @@ def global_ratios(named: dict[str, Tensor], pattern: Pattern, target: float) -> 
     ranked = getattr(pattern, "coarse", pattern)
     scores, sizes = {}, {}
     for name, weight in named.items():
-        matrix = gemm_view(weight.detach().abs(), ranked.order)
-        unit_scores = ranked.scores(matrix).flatten().float()
-        real = unit_scores.isfinite()
-        scores[name] = unit_scores[real] / unit_scores[real].mean().clamp_min(1e-12)
+        unit_scores = ranked.unit_scores(weight).flatten()
+        real = unit_scores[unit_scores.isfinite()]
+        scores[name] = real / real.mean().clamp_min(1e-12)
         sizes[name] = weight.numel()
     share = torch.cat([torch.full_like(s, sizes[name] / len(s)) for name, s in scores.items()])
     ascending = torch.cat(list(scores.values())).sort()
@@ -88,20 +109,22 @@ def sensitivity_ratios(
     """Prune so much of each layer that all of them hurt alike (Han et al., 2015).
 
     Each layer alone is pruned to a grid of sparsities and `loss()` measured; then one rise of the loss is searched
-    which, allowed to every layer, gives `target` over all.
+    which, allowed to every layer, gives `target` over all. Raises ValueError for a loss that is not finite.
     """
     grid = torch.tensor([0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99])
     rises = {}
-    base = loss()
+    base = _finite(loss(), "of the dense network")
     for name, weight in named.items():
         kept = weight.detach().clone()
         rise = []
-        for sparsity in grid.tolist():
+        try:
+            for sparsity in grid.tolist():
+                with torch.no_grad():
+                    weight.copy_(kept * pattern.mask(kept, sparsity))
+                rise.append(_finite(loss(), f"with layer {name} at {100 * sparsity:g} %") - base)
+        finally:  # also where someone stops it
             with torch.no_grad():
-                weight.copy_(kept * pattern.mask(kept, sparsity))
-            rise.append(loss() - base)
-        with torch.no_grad():
-            weight.copy_(kept)
+                weight.copy_(kept)
         rises[name] = torch.tensor(rise).cummax(0).values  # made monotone: a lucky layer is not rewarded
     sizes = {name: weight.numel() for name, weight in named.items()}
 
@@ -113,6 +136,12 @@ def sensitivity_ratios(
         middle = (low + high) / 2
         low, high = (middle, high) if _mean(ratios_at(middle), sizes) < target else (low, middle)
     return _rebalanced(ratios_at(high), sizes, target)
+
+
+def _finite(loss: float, where: str) -> float:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss {where} is {loss}: a sensitivity can't be told from it; use uniform ratios")
+    return loss
 
 
 def _interpolate(allowed: float, rise: Tensor, grid: Tensor) -> float:
@@ -132,6 +161,11 @@ def _mean(ratios: dict[str, float], sizes: dict[str, int]) -> float:
 
 def _rebalanced(ratios: dict[str, float], sizes: dict[str, int], target: float) -> dict[str, float]:
     """Scale the densities by one factor until the bounded ratios give `target` over all layers."""
+    if target > SPARSEST:
+        raise ValueError(
+            f"{100 * target:g} % is more than ratios that differ by layer can give, because they stop at "
+            f"{100 * SPARSEST:g} % in each layer: use uniform ratios or a lower sparsity"
+        )
     low, high = 0.0, 1e6
 
     def scaled(factor: float) -> dict[str, float]:
@@ -174,6 +208,7 @@ def group_lasso(named: dict[str, Tensor], block: Block) -> Tensor:
     """Sum over all blocks of sqrt(rows * cols) times the block's L2 norm (Yuan & Lin, 2006; Narang et al., 2017)."""
     total = torch.zeros((), device=next(iter(named.values())).device)
     for weight in named.values():
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # fp16 has no room for 1e-12
         tiles = tile(gemm_view(weight, block.order), block.rows, block.cols)
         # Squares are kept off zero: the norm has no gradient at a block that is pruned already.
         total = total + (tiles.square().sum(dim=1) + 1e-12).sqrt().sum() * (block.rows * block.cols) ** 0.5

@@ -24,8 +24,8 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         kept = tensor != 0
-        if 2 * int(kept.sum()) > tensor.numel():
-            stored[name] = tensor
+        if 2 * int(kept.sum()) > tensor.numel() or {name + KEPT, name + MASK} & set(tensors):
+            stored[name] = tensor.clone()  # tensors that share memory are two in the file
         else:
             stored[name + KEPT] = tensor[kept]
             stored[name + MASK] = torch.from_numpy(np.packbits(kept.numpy()))
@@ -38,7 +38,8 @@ def read(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((KEPT, MASK))}
+    parts = {name + part for name in shapes for part in (KEPT, MASK)}
+    tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
     for name, shape in shapes.items():
         values, bits = stored[name + KEPT], stored[name + MASK].numpy()
         flat = torch.zeros(int(np.prod(shape)), dtype=values.dtype)

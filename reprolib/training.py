@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from reprolib import records
+from reprolib import checks, records
 from reprolib.data import Dataset, Split, augmented, draw_augmentations, normalised
 from reprolib.deadline import OutOfTime
+from reprolib.models import mode
 from reprolib.precision import PRECISIONS, autocast
 
 WARM_UP = 0.1  # share of the dense schedule in which the learning rate rises
@@ -46,16 +48,14 @@ class Recipe:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is unknown: use {' or '.join(PRECISIONS)}")
-        for name in ("epochs", "batch_size"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
-        for name in ("lr", "weight_decay"):
-            if not (isinstance(getattr(self, name), (int, float)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)!r}")
-        if not 0 <= self.label_smoothing < 1:
+        normal = {name: checks.whole(name, getattr(self, name)) for name in ("epochs", "batch_size")}
+        for name in ("lr", "weight_decay", "label_smoothing"):
+            normal[name] = checks.number(name, getattr(self, name))
+        if normal["label_smoothing"] >= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing!r}")
+        checks.choice("precision", self.precision, tuple(PRECISIONS))
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
 
 
 def device() -> torch.device:
@@ -104,12 +104,12 @@ class MaskSchedule:
     """When masks change, and how new ones are made.
 
     `due_at(progress)` says what is due, for example the sparsity of each layer; where it differs from the step before,
-    `masks_for(due)` makes the masks that hold from then on, from the weights as they are: by name of the module whose
-    weight they prune, the same names each time.
+    `masks_for(due, alive)` makes the masks that hold from then on, from the weights as they are and from the masks that
+    held until then (none at first): by name of the module whose weight they prune, the same names each time.
     """
 
     due_at: Callable[[float], tuple[float, ...]]
-    masks_for: Callable[[tuple[float, ...]], dict[str, Tensor]]
+    masks_for: Callable[[tuple[float, ...], dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Trained(NamedTuple):
@@ -142,6 +142,9 @@ def fit(
     With a `checkpoint`, training goes on from that file if it is there (on a CPU to the same bits as without the
     stop). The file is written every two minutes, and when `time.time()` passes `deadline`.
 
+    Frozen parameters stay as they are. A model that is in training mode keeps the modes of its modules, so that a batch
+    norm in eval mode is frozen too; one in eval mode trains as a whole, and is in eval mode again behind it.
+
     Rows: epoch, lr, loss_train (mean cross-entropy), accuracy_validation_pct. Raises OutOfTime at the deadline, and
     ValueError where the loss is no longer finite or where the batch is larger than the training split.
     """
@@ -163,7 +166,8 @@ def fit(
             layers[name].weight.masked_fill_(gone, 0.0)
 
     def renew_masks(due: tuple[float, ...]) -> None:
-        for name, mask in schedule.masks_for(due).items():
+        alive = {name: ~gone for name, gone in pruned.items()}
+        for name, mask in schedule.masks_for(due, alive).items():
             pruned.setdefault(name, torch.empty_like(mask)).copy_(~mask)
         zero_pruned()
 
@@ -192,9 +196,9 @@ def fit(
         mininterval=1,
         dynamic_ncols=True,
     )
-    with bar, torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    modes = nullcontext() if model.training else mode(model, training=True)
+    with bar, modes, torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for epoch in range(start.epoch, recipe.epochs):
-            model.train()
             state = generator.get_state()  # resumed within this epoch, its draws are made again
             draws = _draw_epoch(dataset, steps, recipe.batch_size, generator).to(where)
             for index in range(start.step if epoch == start.epoch else 0, steps):
@@ -218,13 +222,13 @@ def fit(
             if not (math.isfinite(loss_train) and torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
                 what = f"{label}: training diverged in epoch {epoch + 1} (loss {loss_train:.3g})"
                 raise ValueError(f"{what}; try lr below {recipe.lr}")
+            if schedule and epoch + 1 == recipe.epochs and schedule.due_at(1.0) != due:
+                renew_masks(schedule.due_at(1.0))  # of few steps the last one may come before the last masks are due
             accuracy = accuracy_pct(model, dataset, dataset.validation, recipe.precision)
             rate = recipe.lr * lr_at(((epoch + 1) * steps - 1) / (recipe.epochs * steps))  # of the last step
             row = {"epoch": epoch + 1, "lr": rate, "loss_train": loss_train, "accuracy_validation_pct": accuracy}
             curve.append(row)
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss_train:.3f}, validation {accuracy:.2f} %", refresh=False)
-    if schedule and schedule.due_at(1.0) != due:  # a training of few steps may end before its last masks are due
-        renew_masks(schedule.due_at(1.0))
     return Trained(curve, {name: ~gone for name, gone in pruned.items()})
 
 
@@ -290,9 +294,11 @@ def _save(
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+        if parameter in optimizer.state:  # not a frozen one
+            tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
     tensors |= {"generator": state, "total": total} | {f"pruned.{name}": gone for name, gone in pruned.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Copies, because safetensors takes no two tensors that share memory.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     records.write_atomically(checkpoint, save(tensors, {"position": json.dumps(asdict(here))}))
 
 
@@ -314,9 +320,10 @@ def _restored(
         raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
-        # Laid out in memory like the parameter: the fused optimizer walks over both alike.
-        momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
-        optimizer.state[parameter]["momentum_buffer"] = momentum
+        if f"momentum.{name}" in tensors:
+            # Laid out in memory like the parameter: the fused optimizer walks over both alike.
+            momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+            optimizer.state[parameter]["momentum_buffer"] = momentum
     generator.set_state(tensors["generator"])
     total.copy_(tensors["total"])
     for name, tensor in tensors.items():
@@ -329,22 +336,29 @@ def _restored(
 
 
 def accuracy_pct(model: nn.Module, dataset: Dataset, split: Split, precision: str = "fp32") -> float:
-    """Share of `split` that `model` classifies correctly, in percent. Leaves the model in eval mode."""
+    """Share of `split` that `model`, in eval mode meanwhile, classifies correctly, in percent.
+
+    Raises ValueError for logits that are not finite, of which none is the largest.
+    """
     return 100 * _mean_over(split, model, dataset, precision, lambda x, labels: (x.argmax(dim=1) == labels).sum())
 
 
 def mean_loss(model: nn.Module, dataset: Dataset, split: Split, precision: str = "fp32") -> float:
-    """Mean cross-entropy of `model` on `split`. Leaves the model in eval mode."""
+    """Mean cross-entropy of `model`, in eval mode meanwhile, on `split`. Raises ValueError for logits not finite."""
     return _mean_over(split, model, dataset, precision, lambda x, labels: F.cross_entropy(x, labels, reduction="sum"))
 
 
 @torch.no_grad()
 def _mean_over(split: Split, model: nn.Module, dataset: Dataset, precision: str, total_of: Callable) -> float:
-    model.eval()
-    total = torch.zeros((), device=split.labels.device)
-    batch = EVALUATION_BATCH[split.labels.device.type]
-    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        with autocast(precision, images.device.type):
-            logits = model(normalised(images, dataset))
-        total += total_of(logits.float(), labels)
+    where = split.labels.device
+    total, finite = torch.zeros((), device=where), torch.ones((), dtype=torch.bool, device=where)
+    batch = EVALUATION_BATCH[where.type]
+    with mode(model, training=False):
+        for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+            with autocast(precision, where.type):
+                logits = model(normalised(images, dataset)).float()
+            finite &= logits.isfinite().all()
+            total += total_of(logits, labels)
+    if not finite:
+        raise ValueError("the network gives NaN or infinite logits: did its training diverge?")
     return total.item() / len(split)

@@ -51,7 +51,18 @@ def zeros(experiment, folder):
 def test_ids_are_readable_and_do_not_change():
     """A changed id would orphan the results of everyone who has some."""
     assert DENSE.run_id == "digits-vgg16x0.0625-seed0-dense-10185bac"
-    assert HYBRID.run_id == "digits-vgg16x0.0625-seed0-hybrid-75pct-b5c3a3a8"
+    assert HYBRID.run_id == "digits-vgg16x0.0625-seed0-hybrid-75pct-8ed176fc"
+    block = replace(HYBRID, pattern="Block(4, 4)")
+    assert block.run_id == "digits-vgg16x0.0625-seed0-block-75pct-f7d6dbfb"
+    one_shot = replace(HYBRID, schedule="one-shot")
+    assert one_shot.run_id == "digits-vgg16x0.0625-seed0-hybrid-75pct-7446c501"
+
+
+def test_no_record_of_the_refitting_rule_stands_for_a_nested_one():
+    """What version 0.1 called these hybrids, whose masks were refitted without a word in the record."""
+    old = {"digits-vgg16x0.0625-seed0-hybrid-75pct-b5c3a3a8"}
+    new = {HYBRID.run_id, replace(HYBRID, masks="refitted").run_id}
+    assert len(old | new) == 3
 
 
 def test_spelling_of_the_pattern_does_not_change_the_id():
@@ -61,6 +72,10 @@ def test_spelling_of_the_pattern_does_not_change_the_id():
     assert len({replace(HYBRID, pattern=pattern).run_id for pattern in spellings}) == 1
     assert replace(DENSE, hidden=[]).run_id == DENSE.run_id
     assert replace(HYBRID, sparsity=0).run_id == replace(HYBRID, sparsity=0.0).run_id
+    for name in ("lr", "weight_decay"):
+        ids = {replace(DENSE, recipe=replace(DENSE.recipe, **{name: value})).run_id for value in (1, 1.0)}
+        assert len(ids) == 1
+    assert replace(DENSE, width=1).run_id == replace(DENSE, width=1.0).run_id
 
 
 CHANGES = {
@@ -84,6 +99,7 @@ CHANGES = {
         "retraining": "fine-tuning",
         "group_lasso": 1e-4,
         "prune_ends": True,
+        "masks": "refitted",
     },
 }
 
@@ -133,6 +149,23 @@ def test_method_names_the_pattern_and_what_sets_it_apart(changes, method):
 def test_bad_experiment_is_refused_before_it_runs(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(HYBRID, **changes)
+
+
+WRONG = {"none": None, "text": "2", "flag": True, "list": [2], "nan": float("nan"), "negative": -1}
+
+
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, f.name) for kind in (DENSE.recipe, DENSE, HYBRID) for f in fields(kind)],
+    ids=lambda x: type(x).__name__ if not isinstance(x, str) else x,
+)
+def test_no_field_takes_a_value_of_another_kind(kind, name, value):
+    """`prune_ends: "false"` must not prune the ends, nor `epochs: yes` train one epoch."""
+    if (name, value) in [("prune_ends", True), ("hidden", [2])]:
+        pytest.skip("the right kind")
+    with pytest.raises(ValueError, match=name.replace("dataset", "data set")):
+        replace(kind, **{name: value})
 
 
 def test_unknown_data_set_is_refused_before_it_runs():

@@ -1,10 +1,13 @@
 """The network has the layers, sizes and costs of VGG-16, counted by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from reprolib.models import describe_layers, layer_flops, vgg16, weights
+from reprolib.models import describe_layers, layer_flops, mode, vgg16, weights
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,77 @@ def test_weights_are_those_of_convolutions_and_linear_layers_in_order():
     named = weights(model)
     assert list(named) == ["0", "2.1"]
     assert named["0"] is model[0].weight and named["2.1"] is model[2][1].weight
+
+
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        weight_norm,
+        spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3), nn.Linear(4, 4)], ids=["conv", "linear"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_that_is_computed_at_each_forward_pass_is_refused(layer, reparametrize):
+    model = nn.Sequential(nn.Linear(4, 4), reparametrize(copy.deepcopy(layer)))
+    with pytest.raises(ValueError, match=r"weight of layer 1 is computed anew .* would be lost: .*remove_param"):
+        weights(model)
+
+
+def test_weight_that_two_layers_share_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="layers 0 and 2 share one weight"):
+        weights(model)
+
+
+def test_layer_that_stands_in_two_places_counts_once():
+    layer = nn.Linear(4, 4)
+    assert list(weights(nn.Sequential(layer, nn.ReLU(), layer))) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)]
+)
+def test_layer_that_patterns_cannot_prune_is_not_passed_over_in_silence(layer):
+    with pytest.raises(ValueError, match=f"layer 0 is a {type(layer).__name__}, which patterns can't prune"):
+        weights(nn.Sequential(layer, nn.Linear(4, 4)))
+
+
+class Twice(nn.Module):
+    """Runs one convolution twice, a transposed one once, and multiplies by a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.up = nn.ConvTranspose2d(3, 2, 2, stride=2)
+        self.matrix = nn.Parameter(torch.ones(8, 5))
+
+    def forward(self, x):
+        return self.up(self.conv(self.conv(x))) @ self.matrix
+
+
+def test_flops_count_every_call_and_every_kind_of_layer():
+    flops = layer_flops(nn.Sequential(Twice(), nn.Flatten(), nn.Linear(80, 2)), (3, 4, 4))
+    assert flops == {
+        "0": 2 * (2 * 8) * 8 * 5,  # two channels of 8 rows, times the matrix
+        "0.conv": 2 * 2 * 16 * 3 * 27,
+        "0.up": 2 * 16 * 3 * 2 * 4,  # each of 16 places writes 2 channels of 2 x 2
+        "2": 2 * 80 * 2,
+    }
+
+
+def test_frozen_parts_keep_their_mode():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    model[1].eval()
+    with mode(model, training=False):
+        assert not any(module.training for module in model.modules())
+    layer_flops(model, (3, 2, 2))
+    assert [module.training for module in model.modules()] == [True, True, False]
 
 
 def test_flops_of_a_convolution_and_a_linear_layer():

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reprolib.models import vgg16
-from reprolib.patterns import Balanced, Block, Unstructured
+from reprolib.patterns import NM, Balanced, Block, Hybrid, Unstructured, Vector
 from reprolib.pruning import (
     SCHEDULES,
     achieved_sparsity,
@@ -50,6 +50,13 @@ def test_first_convolution_and_classifier_stay_dense_unless_asked_for(hidden, en
     assert any(weight is model[-1].weight for weight in named.values()) == ends
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_network_with_nothing_to_prune_is_refused(count):
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(count)))
+    with pytest.raises(ValueError, match=f"nothing to prune: of {count} convolutions and linear layers .* prune_ends"):
+        prunable(model)
+
+
 # --- Masks of a network -----------------------------------------------------------------------------------------------
 
 
@@ -81,10 +88,76 @@ def test_random_scores_keep_the_structure_and_ignore_the_weights(pattern, layers
         assert not torch.equal(mask, by_magnitude[name])
 
 
-def test_random_masks_are_nested_as_sparsity_grows(layers):
-    """Otherwise a gradual schedule would bring pruned weights back."""
-    sparser, denser = (make_masks(layers, Block(4, 4), uniform_ratios(layers, s), "random", seed=1) for s in (0.9, 0.5))
-    assert all((denser[name] | ~sparser[name]).all() for name in layers)
+TILING = [Balanced(4) & Block(4, 4), Hybrid(Balanced(4), Block(4, 8), split=0.25), Balanced(8) & Block(8, 8)]
+STEPPED = [
+    Unstructured(),
+    Block(4, 4),
+    Block(3, 5, norm="mean"),
+    Balanced(8),
+    Balanced(5),
+    NM(2, 4),
+    Vector(4),
+    *TILING,
+    Hybrid(Balanced(8), Block(8, 8), split=0.75),
+    Hybrid(Balanced(4), Block(8, 8), rescore=True),
+    Balanced(16) & Block(4, 4),  # banks that straddle blocks
+    Unstructured() & Block(4, 4),
+    Vector(4) & Block(8, 8),
+    NM(2, 4) & Block(4, 4),
+    (Balanced(4) & Block(4, 4)) & Vector(8),
+]
+
+
+@pytest.mark.parametrize("pattern", STEPPED, ids=str)
+@settings(max_examples=25)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3),
+    ragged=st.booleans(),
+    target=st.floats(0.3, 0.99),
+    schedule=st.sampled_from(SCHEDULES),
+    ratio=st.sampled_from(["uniform", "global", "sensitivity"]),
+    score=st.sampled_from(["magnitude", "random"]),
+    seed=st.integers(0, 99),
+)
+def test_masks_only_shrink_and_end_like_one_shot(pattern, shapes, ragged, target, schedule, ratio, score, seed):
+    """What is pruned stays pruned, whatever the weights do in between; in the end no kept weight is zero."""
+    chance = torch.Generator().manual_seed(seed)
+    shapes = [(8 * rows + 3 * ragged, 16 * cols + 5 * ragged) for rows, cols in shapes]
+    named = {str(i): torch.randn(shape, generator=chance) for i, shape in enumerate(shapes)}
+    ratios = {"uniform": uniform_ratios, "global": global_ratios, "sensitivity": ratios_by_sensitivity}[ratio](
+        *((named, target) if ratio == "uniform" else (named, pattern, target))
+    )
+    masks = {}
+    for step in range(31):
+        due = {name: sparsity_at(schedule, r, step / 30) for name, r in ratios.items()}
+        before, masks = masks, make_masks(named, pattern, due, score, seed, alive=masks, targets=ratios)
+        assert all((masks[name] <= before[name]).all() for name in before)
+        apply_masks(named, masks)
+        for weight in named.values():  # what training does to the weights that are left
+            weight.mul_(1 + torch.randn(weight.shape, generator=chance)).add_(weight.sign(), alpha=1e-3)
+    assert all((named[name][mask] != 0).all() for name, mask in masks.items())
+    others = {name: torch.randn(weight.shape, generator=chance) for name, weight in named.items()}
+    for name, at_once in make_masks(others, pattern, ratios).items():
+        if not isinstance(pattern, Hybrid):
+            units, expected = (pattern.unit_scores(others[name], m).isfinite().sum() for m in (masks[name], at_once))
+            assert units == expected
+        elif pattern in TILING and not ragged:
+            assert masks[name].sum() == at_once.sum()
+        else:  # where the halves don't tile, the count of weights is searched, to within a unit of the coarse half
+            assert abs(int(masks[name].sum()) - int(at_once.sum())) <= 64
+
+
+def test_masks_from_the_weights_alone_bring_blocks_back():
+    """The rule of version 0.1, kept for comparison: where the fine half drops a step, pruned blocks return, as zeros"""
+    named = {"a": torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))}
+    pattern, target = Balanced(8) & Block(8, 8), 0.98
+    masks, back = {}, 0
+    for step in range(301):
+        due = {"a": sparsity_at("gradual", target, step / 300)}
+        before, masks = masks, make_masks(named, pattern, due)
+        back += int((masks["a"] & ~before["a"]).sum()) if before else 0
+        apply_masks(named, masks)
+    assert back > 0 and (named["a"][masks["a"]] == 0).any()
 
 
 def test_remaining_flops_shrink_with_the_density_of_pruned_layers():
@@ -137,6 +210,42 @@ def test_global_ranking_leaves_something_of_a_layer_that_is_small_throughout():
     ratios = global_ratios(named, Unstructured(), 0.95)
     assert mean_ratio(ratios, named) == pytest.approx(0.95)
     assert all(mask.any() for mask in make_masks(named, Unstructured(), ratios).values())
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("when", "where"), [(0, "of the dense network"), (3, "with layer a at 70 %")])
+def test_sensitivities_from_a_loss_that_is_not_finite_are_refused(loss, when, where):
+    named, calls = {"a": torch.rand(4, 4), "b": torch.rand(4, 4)}, iter(range(99))
+    with pytest.raises(ValueError, match=f"the loss {where} is {loss}"):
+        sensitivity_ratios(named, Unstructured(), 0.5, lambda: loss if next(calls) == when else 1.0)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_layers_get_their_weights_back_where_measuring_is_stopped(stop):
+    named, calls = {"a": torch.rand(4, 4), "b": torch.rand(4, 4)}, iter(range(99))
+    before = {name: weight.clone() for name, weight in named.items()}
+
+    def loss():
+        if next(calls) == 13:
+            raise stop
+        return 1.0
+
+    with pytest.raises(stop):
+        sensitivity_ratios(named, Unstructured(), 0.5, loss)
+    assert all(torch.equal(named[name], before[name]) for name in named)
+
+
+@pytest.mark.parametrize("ratios_of", [global_ratios, ratios_by_sensitivity])
+def test_target_beyond_the_bound_of_each_layer_is_refused(ratios_of, layers):
+    with pytest.raises(ValueError, match=r"99\.99 % is more than .* stop at 99\.5 % in each layer: use uniform"):
+        ratios_of(layers, Unstructured(), 0.9999)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_global_ranking_is_the_same_for_halves(scale, layers):
+    halves = {name: (scale * weight).half() for name, weight in layers.items()}
+    wide = {name: weight.double() for name, weight in halves.items()}
+    assert global_ratios(halves, Block(4, 4), 0.9) == global_ratios(wide, Block(4, 4), 0.9)
 
 
 def test_sensitive_layers_are_pruned_less_and_get_their_weights_back():
@@ -218,3 +327,12 @@ def test_group_lasso_adds_up_layers_and_sees_convolutions_as_masks_do():
     assert value.item() == pytest.approx(math.sqrt(2) * (5 + 10), abs=1e-4)
     apart = group_lasso({"conv": conv}, Block(1, 2, order="channels_first"))
     assert apart.item() == pytest.approx(math.sqrt(2) * (3 + 4), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_group_lasso_has_a_gradient_in_every_type(dtype):
+    weight = torch.cat([torch.zeros(2, 2), torch.full((2, 2), 200.0)]).to(dtype).requires_grad_()
+    value = group_lasso({"a": weight}, Block(2, 2))
+    value.backward()
+    assert value.item() == pytest.approx(2 * 400)  # fp16 would overflow at the squares
+    assert weight.grad.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]

@@ -36,3 +36,26 @@ def test_pruned_tensor_takes_the_room_of_what_is_left(tmp_path):
     values[::10] = 1.5
     storage.write(tmp_path / "w.safetensors", {"w": values})
     assert 5_250 <= (tmp_path / "w.safetensors").stat().st_size <= 5_250 + 500
+
+
+@given(
+    names=st.lists(
+        st.sampled_from(["w", "w.mask", "w.kept", "mask", "kept", "a.mask", "w.mask.kept"]), unique=True, min_size=1
+    ),
+    seed=st.integers(0, 99),
+)
+def test_tensors_of_any_name_come_back(tmp_path_factory, names, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(9, generator=generator) * (torch.rand(9, generator=generator) < 0.4) for name in names}
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    storage.write(path, tensors)
+    found = storage.read(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in names)
+
+
+def test_tensors_that_share_memory_come_back(tmp_path):
+    whole = torch.arange(1.0, 7.0)
+    storage.write(tmp_path / "w.safetensors", {"whole": whole, "same": whole, "part": whole[2:4]})
+    found = storage.read(tmp_path / "w.safetensors")
+    assert torch.equal(found["whole"], whole) and torch.equal(found["same"], whole)
+    assert found["part"].tolist() == [3, 4]

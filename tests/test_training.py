@@ -53,7 +53,7 @@ def trained(model, dataset, recipe=SHORT, seed=0, **options):
 
 
 def always(masks):
-    return MaskSchedule(lambda progress: (), lambda due: masks)
+    return MaskSchedule(lambda progress: (), lambda due, alive: masks)
 
 
 # --- Repeatability ----------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_new_masks_hold_from_the_forward_pass_of_their_progress_on(few_digits, s
         lambda module, _: zeros.append(int((weight == 0).sum())) if module.training else None
     )
 
-    def masks_for(due):
+    def masks_for(due, alive):
         return {"2": (torch.arange(weight.numel()) >= due[0]).view_as(weight)}
 
     schedule = MaskSchedule(lambda progress: (1 + round(6 * progress),), masks_for)
@@ -145,7 +145,7 @@ def test_new_masks_hold_from_the_forward_pass_of_their_progress_on(few_digits, s
 def test_masks_are_made_once_for_what_is_due(few_digits, small_net):
     model, made = small_net(), []
 
-    def masks_for(due):
+    def masks_for(due, alive):
         made.append(due)
         return {"2": torch.ones_like(model[2].weight, dtype=torch.bool)}
 
@@ -160,7 +160,7 @@ def test_weight_that_a_later_mask_keeps_again_grows_back(few_digits, small_net):
     early, late = {"2": all_of_it.index_fill(1, torch.tensor([0]), False)}, {"2": all_of_it}
     fit(model, few_digits, SHORT, seed=0, schedule=always(early))
     assert (weight[:, 0] == 0).all()
-    schedule = MaskSchedule(lambda progress: (progress >= 0.5,), lambda due: late if due[0] else early)
+    schedule = MaskSchedule(lambda progress: (progress >= 0.5,), lambda due, alive: late if due[0] else early)
     fit(model, few_digits, SHORT, seed=0, schedule=schedule)
     assert (weight[:, 0] != 0).any()
 
@@ -198,6 +198,87 @@ def test_label_smoothing_gives_every_class_its_share(few_digits):
     [row], _ = fit(model, dataset, recipe, seed=0)
     normaliser = math.log(math.exp(2) + 9)
     assert row["loss_train"] == pytest.approx(0.91 * (normaliser - 2) + 0.09 * normaliser)
+
+
+def test_last_accuracy_is_that_of_the_last_masks(few_digits, small_net):
+    """A training of one step ends before its masks are due: they still come before its accuracy."""
+    model = small_net()
+
+    def masks_for(due, alive):
+        return {"2": torch.full_like(model[2].weight, due[0] < 1.0, dtype=torch.bool)}
+
+    schedule = MaskSchedule(lambda progress: (progress,), masks_for)
+    [row], _ = fit(model, few_digits, replace(SHORT, epochs=1, batch_size=96), seed=0, schedule=schedule)
+    assert (model[2].weight == 0).all()
+    assert row["accuracy_validation_pct"] == accuracy_pct(model, few_digits, few_digits.validation)
+
+
+def test_schedule_sees_the_masks_that_held_before(few_digits, small_net, tmp_path):
+    model, seen = small_net(), []
+
+    def masks_for(due, alive):
+        seen.append({name: int(mask.sum()) for name, mask in alive.items()})
+        return {"2": (torch.arange(model[2].weight.numel()) >= due[0]).view_as(model[2].weight)}
+
+    schedule = MaskSchedule(lambda progress: (round(6 * progress),), masks_for)
+    interrupted(model, few_digits, tmp_path / "checkpoint.safetensors", 4, schedule=schedule)
+    assert seen == [{}] + [{"2": 8 * 8 * 9 - gone} for gone in range(6)]
+
+
+# --- Frozen parts -----------------------------------------------------------------------------------------------------
+
+
+def frozen_net():
+    """Of seven layers, the first is frozen, and so are the statistics of the first batch norm; one is never used."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten()
+    )
+    model.append(nn.Linear(512, 10))
+    model.unused = nn.ParameterList([nn.Parameter(torch.ones(3))])
+    model.forward = lambda x: model[5](model[4](model[3](model[2](model[1](model[0](x))))))
+    model[0].requires_grad_(False)
+    model[1].eval()
+    return model
+
+
+def test_frozen_parts_stay_and_the_rest_trains(few_digits):
+    model, before = frozen_net(), frozen_net().state_dict()
+    fit(model, few_digits, SHORT, seed=0)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not any(name.startswith(("0.", "1.running", "1.num", "unused")) for name in changed)
+    assert changed >= {"1.weight", "2.weight", "3.running_mean", "5.weight"}
+    assert model.training and not model[1].training
+
+
+def test_model_in_eval_mode_trains_as_a_whole_and_is_in_eval_mode_again(few_digits):
+    model = frozen_net().eval()
+    fit(model, few_digits, SHORT, seed=0)
+    assert model[1].num_batches_tracked == model[3].num_batches_tracked == 6
+    assert not any(module.training for module in model.modules())
+
+
+def test_stopped_training_with_frozen_parts_goes_on_to_the_same_bits(few_digits, tmp_path):
+    whole, pieces = frozen_net(), frozen_net()
+    curve, _ = fit(whole, few_digits, SHORT, seed=0)
+    frozen = {name: tensor.clone() for name, tensor in pieces.state_dict().items() if name.startswith("0.")}
+    again, _, stops = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", 2)
+    assert stops == 3 and again == curve
+    assert all(torch.equal(tensor, pieces.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    assert all(torch.equal(tensor, pieces.state_dict()[name]) for name, tensor in frozen.items())
+
+
+def test_tied_weights_can_be_stopped_too(few_digits, tmp_path):
+    def net():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.Linear(10, 10), nn.Linear(10, 10))
+        model[3].weight = model[2].weight
+        return model
+
+    whole, pieces = net(), net()
+    curve, _ = fit(whole, few_digits, SHORT, seed=0)
+    again, _, _ = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", 4)
+    assert again == curve and torch.equal(whole[3].weight, pieces[3].weight)
 
 
 # --- Stopping and going on --------------------------------------------------------------------------------------------
@@ -239,7 +320,7 @@ def test_stopped_training_goes_on_to_the_same_bits(few_digits, tmp_path, steps, 
     def schedule(model):
         return MaskSchedule(
             lambda progress: (0.5 if progress < 0.4 else 0.8,),
-            lambda due: {"4": parse(pattern).mask(model[4].weight, due[0])},
+            lambda due, alive: {"4": parse(pattern).mask(model[4].weight, due[0])},
         )
 
     whole, pieces = net(), net()
@@ -323,7 +404,7 @@ def test_captured_steps_do_what_single_launches_do(few_digits, small_net, monkey
             dataset,
             recipe,
             seed=0,
-            schedule=MaskSchedule(lambda progress: (progress >= 0.5,), lambda due: masks[due[0]]),
+            schedule=MaskSchedule(lambda progress: (progress >= 0.5,), lambda due, alive: masks[due[0]]),
             penalty=lambda: 1e-3 * weight.square().sum(),
             penalty_until=0.6,
         )
@@ -415,7 +496,7 @@ def test_batch_larger_than_the_training_split_is_refused(few_digits, small_net):
         ({"epochs": 0}, "epochs must be a whole number of at least 1, not 0"),
         ({"epochs": 1, "batch_size": 12.5}, "batch_size must be a whole number of at least 1, not 12.5"),
         ({"epochs": 1, "label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\), not 1.5"),
-        ({"epochs": 1, "precision": "fp8"}, "precision 'fp8' is unknown: use fp32 or bf16"),
+        ({"epochs": 1, "precision": "fp8"}, "precision 'fp8' is unknown: use fp32, bf16"),
     ],
 )
 def test_bad_recipe_is_refused(fields, message):
@@ -449,5 +530,13 @@ def test_evaluation_does_not_train(few_digits):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     accuracy_pct(model, few_digits, few_digits.test)
-    assert not model.training
+    assert model.training
+    assert accuracy_pct(model, few_digits, few_digits.test) == accuracy_pct(model.eval(), few_digits, few_digits.test)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("measure", [accuracy_pct, mean_loss])
+def test_network_whose_logits_are_not_finite_has_no_accuracy(few_digits, measure, bad):
+    with pytest.raises(ValueError, match="NaN or infinite logits: did its training diverge"):
+        measure(Says(9 * [0.0] + [bad]), few_digits, few_digits.test)
