@@ -115,7 +115,7 @@ class Pruned:
     @property
     def method(self) -> str:
         """The pattern's family and what sets the run apart: ``hybrid``, ``random-hybrid``, ``block-group-lasso``."""
-        prefix = "random-" if self.score == "random" else ""
+        prefix = "random-" * (self.score == "random") + "refitted-" * (self.masks == "refitted")
         return prefix + parse(self.pattern).family + ("-group-lasso" if self.group_lasso else "")
 
     @cached_property

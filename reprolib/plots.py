@@ -252,9 +252,10 @@ def bank_block_heatmap(ablations: pd.DataFrame) -> Figure:
 
 
 def plain(frame: pd.DataFrame) -> pd.Series:
-    """Rows that vary nothing but the pattern: default score, schedule, ratios, retraining, epochs, no penalty."""
+    """Rows that vary nothing but the pattern: all else is the default, and there is no penalty."""
     return (
         (frame["score"] == "magnitude")
+        & (frame["masks"] == "nested")
         & (frame["schedule"] == "gradual")
         & (frame["ratios"] == "uniform")
         & (frame["retraining"] == "lr-rewinding")
@@ -273,7 +274,7 @@ def variations(ablations: pd.DataFrame, default_spec: str) -> pd.DataFrame:
     rows, usual_epochs = ablations.copy(), _usual_epochs(ablations)
 
     def name(row) -> str | None:
-        if row["pattern"] != "hybrid":
+        if row["pattern"] != "hybrid" or row["masks"] != "nested":
             return None
         changed = []
         if row["schedule"] != "gradual":

@@ -224,7 +224,7 @@ def _loop(profile: Profile, device: str, case: Case) -> Callable[[int], object]:
     if case.loop == PLAIN:
         return lambda epochs: plain_fit(model.to(device), dataset, replace(recipe, epochs=epochs), masks)
     model, dataset = model.to(device, memory_format=torch.channels_last), dataset.to(device)
-    schedule = MaskSchedule(lambda progress: (), lambda due: masks) if masks else None
+    schedule = MaskSchedule(lambda progress: (), lambda due, alive: masks) if masks else None
 
     def ours(epochs: int) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar

@@ -126,6 +126,7 @@ def test_every_field_changes_the_id(kind, name):
     [
         ({}, "hybrid"),
         ({"score": "random"}, "random-hybrid"),
+        ({"masks": "refitted"}, "refitted-hybrid"),
         ({"pattern": "Vector(4)"}, "vector"),
         ({"pattern": "Block(4, 4)", "group_lasso": 1e-4}, "block-group-lasso"),
     ],

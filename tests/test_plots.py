@@ -109,6 +109,7 @@ def test_heat_map_holds_the_cells_of_plain_hybrids():
     defaults = {
         "score": "magnitude",
         "schedule": "gradual",
+        "masks": "nested",
         "ratios": "uniform",
         "retraining": "lr-rewinding",
         "group_lasso": 0.0,
@@ -128,6 +129,7 @@ def test_heat_map_holds_the_cells_of_plain_hybrids():
     ]
     rows.append(rows[0] | {"schedule": "one-shot", "accuracy_pct": -99})
     rows.append(rows[0] | {"epochs": 8, "accuracy_pct": -99})
+    rows.append(rows[0] | {"masks": "refitted", "accuracy_pct": -99})
     axis = plots.bank_block_heatmap(pd.DataFrame(rows)).axes[0]
     assert [text.get_text() for text in axis.texts] == ["24.00", "40.00", "20.00", "36.00"]
 
@@ -137,6 +139,7 @@ def test_variations_name_the_one_thing_that_differs():
         "pattern": "hybrid",
         "spec": "Balanced(4) & Block(4, 4)",
         "schedule": "gradual",
+        "masks": "nested",
         "ratios": "uniform",
         "retraining": "lr-rewinding",
         "epochs": 4,
