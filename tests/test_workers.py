@@ -59,7 +59,7 @@ class Faulty(Dense):
     """Fails in a way that nobody foresees, in the process that trains it."""
 
     def __reduce__(self):
-        return Faulty, (self.dataset, None, self.width, (), self.seed)
+        return Faulty, (self.dataset, self.recipe, self.width, (), self.seed), {"recipe": None}
 
 
 def test_unforeseen_error_is_named_and_the_plan_goes_on(tmp_path):
