@@ -6,7 +6,7 @@ CORES ?=
 DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
-GRAPH := $(BIN)/python -m reprolib.graph $(if $(CORES),--cores $(CORES))
+GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES))
 
 .DEFAULT_GOAL := help
 .PHONY: help env data test lint reproduce figures sweep bench bench-train lab lock clean
@@ -25,7 +25,7 @@ $(VENV)/.complete: requirements.lock pyproject.toml
 	@touch $@
 
 data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
-	$(BIN)/python -c 'from reprolib import data; [print(name, len(data.load(name).train), "training images") for name in data.NAMES]'
+	$(BIN)/python -c 'from reprolib.training import data; [print(name, len(data.load(name).train), "training images") for name in data.NAMES]'
 
 test: env lint ## run all tests, every notebook included
 	$(BIN)/python -m pytest --numprocesses auto

@@ -1,4 +1,4 @@
-# The graph: which notebook makes which file out of which. `make` is its front door, reprolib/graph.py calls it.
+# The graph: which notebook makes which file out of which. `make` is its front door, reprolib/workflow/graph.py calls it.
 import json
 import shlex
 import sys
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from reprolib import paths, profiles
+from reprolib.experiments import profiles
+from reprolib.files import paths
 
 RUN = (
     "exec env OMP_NUM_THREADS={threads} "
     + shlex.quote(sys.executable)
-    + " -m reprolib.notebooks {input.notebook:q} {output.notebook:q} --parameters {params.json:q}"
+    + " -m reprolib.workflow.notebooks {input.notebook:q} {output.notebook:q} --parameters {params.json:q}"
 )
 
 

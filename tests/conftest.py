@@ -8,8 +8,8 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from reprolib import data
-from reprolib.data import Split
+from reprolib.training import data
+from reprolib.training.data import Split
 
 settings.register_profile("reprolib", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("reprolib")

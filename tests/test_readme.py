@@ -4,7 +4,10 @@ import re
 
 import pytest
 
-from reprolib import analysis, claims, paths, plots, records, speed_plots, throughput
+from reprolib.bench import throughput
+from reprolib.experiments import records
+from reprolib.files import paths
+from reprolib.paper import accuracy_figures, analysis, claims, speed_figures
 
 README = (paths.ROOT / "README.md").read_text()
 
@@ -16,7 +19,7 @@ LAPTOP = RESULTS / "laptop"
 @pytest.mark.parametrize(("profile", "without_data"), [("laptop", 0), ("laptop-cifar100", 5)])
 def test_table_of_claims_holds_the_committed_verdicts(profile, without_data):
     accuracy, latency = (records.read_csv(RESULTS / profile / name) for name in ("accuracy.csv", "latency.csv"))
-    table = plots.claims_table(claims.decide(accuracy, latency), claims.CLAIMS)
+    table = accuracy_figures.claims_table(claims.decide(accuracy, latency), claims.CLAIMS)
     has_data = table["verdict"] != "no data"
     assert (~has_data).sum() == without_data  # the README tells of these in prose
     for claim, row in table[has_data].iterrows():
@@ -26,7 +29,7 @@ def test_table_of_claims_holds_the_committed_verdicts(profile, without_data):
 
 
 def test_table_of_speeds_holds_the_committed_latencies():
-    table = speed_plots.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
+    table = speed_figures.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
     lines = [line for line in README.splitlines() if line.startswith("| batch ")]
     assert len(lines) >= 10
     for line in lines:
@@ -41,7 +44,7 @@ def test_table_of_training_speeds_holds_the_committed_ones():
 
 def test_table_of_the_full_network_holds_the_committed_accuracies():
     accuracy = records.read_csv(RESULTS / "evening" / "accuracy.csv")
-    for name, row in plots.accuracy_table(accuracy).iterrows():
+    for name, row in accuracy_figures.accuracy_table(accuracy).iterrows():
         assert f"| {name} | {' | '.join(row)} |" in README
 
 

@@ -1,0 +1,193 @@
+"""Everything that takes part in a contest: dense rivals, sparse kernels, peers, and what bounds them all.
+
+Only the masks matter for speed, so the networks are untrained; batch norm is folded on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+
+from reprolib import pruning, sparse
+from reprolib.bench.timing import Contender, rotating
+from reprolib.models import vgg16
+from reprolib.patterns import gemm_view, parse
+from reprolib.sparse import cpu, cuda
+from reprolib.sparse.layers import SparseConv2d
+from reprolib.training.precision import usable
+
+SPARSE = "sparse kernels"
+INPUTS = 4  # that take turns
+PEER_SPARSITY = 0.9  # at which PyTorch's BSR product is tuned and timed
+
+# What bounds any layer: a product of square matrices, and a copy that no cache holds.
+PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+COPY_NUMBERS = {"cpu": 2**25, "cuda": 2**28}
+
+Specs = tuple[tuple[str, str, float], ...]  # pattern's name in tables, its text form, target sparsity
+
+
+def kernel_type(device: str) -> str:
+    return "fp32" if device == "cpu" else "fp16"
+
+
+def network_contenders(width: float, seed: int, batch: int, device: str, specs: Specs) -> list[Contender]:
+    dense, sparse_models = _networks(width, seed, device, specs)
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
+    found = list(_dense_contenders(_folded(dense), images, device))
+    return found + [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
+
+
+@lru_cache(maxsize=1)  # the batches of a seed share its networks
+def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
+    """A dense VGG-16, and what `sparsify` makes of it: as it is, and pruned as each of `specs` says."""
+    torch.manual_seed(seed)
+    dense = vgg16(10, width).eval()
+    found = [({}, sparse.sparsify(dense, device, dense=True))]
+    for pattern, spec, sparsity in specs:
+        model = copy.deepcopy(dense)
+        weights = pruning.prunable(model)
+        masks = pruning.make_masks(weights, parse(spec), pruning.uniform_ratios(weights, sparsity))
+        pruning.apply_masks(weights, masks)
+        about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
+        about["sparsity"] = pruning.achieved_sparsity(masks)
+        found.append((about, sparse.sparsify(model, device)))
+    return dense, found
+
+
+def layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:
+    """A convolution with bias and ReLU. Sparse kernels are timed on activations in their layout, as in a network."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False)
+    images = [torch.randn(batch, c_in, size, size) for _ in range(INPUTS)]
+    found = list(_dense_contenders(nn.Sequential(conv, nn.ReLU()).eval(), images, device))
+    found.append(_sparse_layer_contender(conv, images, device))
+    for pattern, spec, sparsity in specs:
+        pruned = copy.deepcopy(conv)
+        mask = parse(spec).mask(pruned.weight, sparsity)
+        pruned.weight.masked_fill_(~mask, 0)
+        about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
+        about["sparsity"] = 1 - mask.float().mean().item()
+        found.append(_sparse_layer_contender(pruned, images, device, **about))
+        if device == "cuda":
+            found += _gemm_peers(pruned, images, **about)
+            if pattern in ("balanced", "unstructured"):
+                found.append(_cuda_core_contender(pruned, images, **about))
+    return found
+
+
+def ceilings(device: str) -> list[Contender]:
+    """A matrix product of 2 * side ** 3 FLOPs, and a copy that reads and writes its numbers once.
+
+    The product is asked for as a 1x1 convolution: that is the library of the dense rivals.
+    """
+    dtype, side = torch.float32 if device == "cpu" else torch.float16, PRODUCT_SIDE[device]
+    weight = torch.randn(side, side, 1, 1).to(device, dtype)
+    pixels = torch.randn(1, side, 32, side // 32).to(device, dtype, memory_format=torch.channels_last)
+    source = torch.zeros(COPY_NUMBERS[device], dtype=dtype, device=device).normal_()
+    target = torch.empty_like(source)
+    return [
+        Contender("matrix product", kernel_type(device), rotating(lambda x: F.conv2d(x, weight), [pixels], device)),
+        Contender("copy", kernel_type(device), rotating(target.copy_, [source], device)),
+    ]
+
+
+def _folded(model: nn.Sequential) -> nn.Sequential:
+    """The model with every batch norm folded into the convolution before it."""
+    layers = []
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = fusion.fuse_conv_bn_eval(layers[-1], module)
+        else:
+            layers.append(module)
+    return nn.Sequential(*layers).eval()
+
+
+def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:
+    """The dense rivals: on a CPU oneDNN in both layouts and usable types, on a GPU cuDNN and the compiler, in fp16."""
+
+    def run(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
+        model = copy.deepcopy(model).to(device, dtype, memory_format=layout)
+        return rotating(model, [x.to(device, dtype, memory_format=layout) for x in images], device)
+
+    first, last = torch.contiguous_format, torch.channels_last
+    if device == "cpu":
+        yield Contender("oneDNN, channels first", "fp32", run(model, torch.float32, first))
+        yield Contender("oneDNN, channels last", "fp32", run(model, torch.float32, last))
+        if usable("bf16", device) == "bf16":
+            yield Contender("oneDNN, channels last", "bf16", run(model, torch.bfloat16, last))
+        return
+    torch.backends.cudnn.benchmark = True
+    yield Contender("cuDNN, channels last", "fp16", run(model, torch.float16, last))
+    half = copy.deepcopy(model).to(device, torch.float16, memory_format=last)
+    compiled = torch.compile(half, mode="max-autotune-no-cudagraphs")
+    inputs = [x.to(device, torch.float16, memory_format=last) for x in images]
+    yield Contender("torch.compile, max-autotune", "fp16", rotating(compiled, inputs, device))
+
+
+def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **about) -> Contender:
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    inputs = [x.to(device, dtype) for x in images]
+    return Contender(SPARSE, kernel_type(device), rotating(model.to(dtype), inputs, device), **about)
+
+
+def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
+    layer = SparseConv2d.from_dense(conv, relu=True)
+    kernels = cpu if device == "cpu" else cuda
+    plan = layer.plan(kernels, torch.device(device), 1)
+    inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
+    return Contender(SPARSE, kernel_type(device), rotating(lambda x: kernels.conv(x, plan), inputs, device), **about)
+
+
+def _cuda_core_contender(conv: nn.Conv2d, images: list[Tensor], **about) -> Contender:
+    """The kernel for single weights, which no tensor core can run: for comparison."""
+    plan = cuda.plan(conv.weight, conv.bias, relu=True, halo_out=1, device="cuda", variant="v1")
+    inputs = [cuda.to_layout(x.cuda(), 1) for x in images]
+    return Contender("sparse, CUDA cores", "fp16", rotating(lambda x: cuda.conv(x, plan), inputs, "cuda"), **about)
+
+
+def _gemm_peers(conv: nn.Conv2d, images: list[Tensor], **about) -> Iterator[Contender]:
+    """PyTorch's own sparse products for the same masked weight: the product alone, and with the unfolding it needs.
+
+    Each has one sparsity: 2:4 its own, BSR the one of `PEER_SPARSITY`, for it is tuned for every shape first.
+    """
+    from torch.sparse import _triton_ops, _triton_ops_meta, to_sparse_semi_structured
+
+    weight = gemm_view(conv.weight).half().cuda()
+    rows, columns = weight.shape
+    pixels = images[0].shape[0] * images[0].shape[2] * images[0].shape[3]
+    if about["pattern"] == "block" and about["target_sparsity"] == PEER_SPARSITY:
+        bsr, out = weight.to_sparse_bsr((32, 32)), weight.new_zeros(rows, pixels)
+        _triton_ops_meta.optimize_bsr_dense_addmm(rows, columns, pixels, 32, 32, beta=0, sparsity=PEER_SPARSITY)
+
+        def product(x: Tensor) -> Tensor:
+            return _triton_ops.bsr_dense_addmm(out, bsr, x, beta=0).relu_()
+
+        name = "torch BSR"
+    elif about["pattern"] == "two-four-block" and about["target_sparsity"] == 0.5:
+        two_four = to_sparse_semi_structured(weight.contiguous())
+
+        def product(x: Tensor) -> Tensor:
+            return torch.mm(two_four, x).relu_()
+
+        name = "torch 2:4"
+    else:
+        return
+    inputs = [x.half().cuda() for x in images]
+    unfolded = [unfolded_columns(x) for x in inputs]
+    yield Contender(f"{name}, product only", "fp16", rotating(product, unfolded, "cuda"), **about)
+    whole = rotating(lambda x: product(unfolded_columns(x)), inputs, "cuda")
+    yield Contender(f"{name}, with unfold", "fp16", whole, **about)
+
+
+def unfolded_columns(x: Tensor) -> Tensor:
+    """What the GEMM view of a 3x3 weight multiplies: ``[N, C, H, W]`` as ``[9 C, N H W]``, rows by (tap, channel)."""
+    n, c, h, w = x.shape
+    return F.unfold(x, 3, padding=1).reshape(n, c, 9, h * w).permute(2, 1, 0, 3).reshape(9 * c, n * h * w)

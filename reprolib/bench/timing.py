@@ -1,0 +1,95 @@
+"""How implementations are timed: in turns, round by round, on inputs that change."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation: what it is, and a call without arguments that runs it once."""
+
+    implementation: str
+    dtype: str
+    call: Callable[[], object]
+    pattern: str = "dense"
+    spec: str = ""
+    target_sparsity: float = 0.0
+    sparsity: float = 0.0
+
+
+def rotating(function: Callable[[Tensor], object], inputs: list[Tensor], device: str) -> Callable[[], object]:
+    """A call that runs `function` on the next of the inputs; on a GPU the replay of a graph captured for it."""
+    if device == "cpu":
+        turns = itertools.cycle(inputs)
+        return lambda: function(next(turns))
+    graphs = []
+    for x in inputs:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # warm-up outside the capture: compilation, autotuning, cuDNN's search
+            for _ in range(3):
+                function(x)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function(x)
+        graphs.append((graph, x))  # the graph reads x: keep it
+    turns = itertools.cycle(graphs)
+    return lambda: next(turns)[0].replay()
+
+
+def _time_us(call: Callable[[], object], device: str) -> float:
+    """One call, in microseconds, right after another one that is not counted."""
+    call()
+    if device == "cpu":
+        started = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - started) / 1e3
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    call()
+    after.record()
+    after.synchronize()
+    return 1e3 * before.elapsed_time(after)
+
+
+def measure(contenders: list[Contender], device: str) -> list[dict]:
+    """Medians and quartiles over rounds in which every contender has one turn, in random order."""
+    order = np.random.default_rng(0)
+    for contender in contenders:
+        contender.call()  # compiles, plans, allocates
+    times = np.array(
+        [_one_round(contenders, order.permutation(len(contenders)), device) for _ in range(ROUNDS)], dtype=float
+    )
+    q1, median, q3 = np.quantile(times, [0.25, 0.5, 0.75], axis=0)
+    return [
+        {
+            "dtype": contender.dtype,
+            "pattern": contender.pattern,
+            "spec": contender.spec,
+            "target_sparsity": contender.target_sparsity,
+            "sparsity": contender.sparsity,
+            "implementation": contender.implementation,
+            "rounds": ROUNDS,
+            "latency_us": median[i],
+            "latency_q1_us": q1[i],
+            "latency_q3_us": q3[i],
+        }
+        for i, contender in enumerate(contenders)
+    ]
+
+
+def _one_round(contenders: list[Contender], order: np.ndarray, device: str) -> list[float]:
+    times = [0.0] * len(contenders)
+    for i in order:
+        times[i] = _time_us(contenders[i].call, device)
+    return times

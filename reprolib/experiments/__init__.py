@@ -1,0 +1,12 @@
+"""Experiments: what is asked for, by whom, and each computed once.
+
+    record = run(Pruned(Dense("cifar10", recipe), "Balanced(16) & Block(32, 32)", 0.9, epochs=30), folder)
+
+`definitions` are the questions, `running` answers them, `records` and `storage` keep the answers, `profiles` are lists
+of questions, `workers` ask many at a time.
+"""
+
+from reprolib.experiments.definitions import Dense, Pruned
+from reprolib.experiments.running import CHECKPOINT, check_target, epochs, epochs_done, is_done, load_model, run
+
+__all__ = ["CHECKPOINT", "Dense", "Pruned", "check_target", "epochs", "epochs_done", "is_done", "load_model", "run"]

@@ -1,0 +1,148 @@
+"""Experiments: frozen values that say everything a result depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+from functools import cached_property
+
+from reprolib import checks, pruning
+from reprolib.experiments import records
+from reprolib.patterns import Block, Hybrid, check_sparsity, parse
+from reprolib.training import Recipe, data
+
+RETRAININGS = ("lr-rewinding", "fine-tuning")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense VGG-16, trained from scratch. All patterns of a (data set, seed) start from the same one.
+
+    `images` > 0 takes only as many of each split: enough to try every step, and proof of nothing.
+    """
+
+    dataset: str
+    recipe: Recipe
+    width: float = 1.0
+    hidden: tuple[int, ...] = ()
+    seed: int = 0
+    images: int = 0
+
+    def __post_init__(self):
+        if self.dataset not in data.NAMES:
+            raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"recipe must be a Recipe, not {self.recipe!r}")
+        if not isinstance(self.hidden, (tuple, list)):
+            raise ValueError(f"hidden must list the sizes of linear layers, not {self.hidden!r}")
+        _normalise(
+            self,
+            width=checks.number("width", self.width),
+            hidden=tuple(checks.whole("hidden", size) for size in self.hidden),
+            seed=checks.whole("seed", self.seed, 0),
+            images=checks.whole("images", self.images, 0),
+        )
+
+    @cached_property
+    def run_id(self) -> str:
+        return f"{self.dataset}-vgg16x{self.width:g}-seed{self.seed}-dense-{fingerprint(self)}"
+
+    @property
+    def label(self) -> str:
+        """What progress bars and messages call it."""
+        return f"{self.dataset}, seed {self.seed}, dense"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A dense network pruned to `sparsity` and retrained.
+
+    `pattern` is the text form of a pattern; `score` is magnitude or random (the control); `schedule`, `ratios` and
+    `retraining` are explained in `reprolib.pruning` and `reprolib.training`; `group_lasso` > 0 adds that penalty on
+    the blocks of the pattern while masks still change; `prune_ends` includes the first convolution and the classifier.
+    `masks` are nested: what a step of the schedule prunes stays pruned. Refitted ones, made from the weights alone at
+    each step, are there for comparison: in a hybrid they bring pruned blocks back.
+    """
+
+    dense: Dense
+    pattern: str
+    sparsity: float
+    epochs: int
+    score: str = "magnitude"
+    schedule: str = "gradual"
+    ratios: str = "uniform"
+    retraining: str = "lr-rewinding"
+    group_lasso: float = 0.0
+    prune_ends: bool = False
+    masks: str = "nested"
+
+    def __post_init__(self):
+        if not isinstance(self.dense, Dense):
+            raise ValueError(f"dense must be the Dense experiment to start from, not {self.dense!r}")
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f"pattern must be the text form of one, such as {str(Block(4, 4))!r}, not {self.pattern!r}"
+            )
+        pattern = parse(self.pattern)
+        _normalise(  # one spelling, one id
+            self,
+            pattern=str(pattern),
+            sparsity=checks.number("sparsity", self.sparsity),
+            epochs=checks.whole("epochs", self.epochs),
+            score=checks.choice("score", self.score, pruning.SCORES),
+            schedule=checks.choice("schedule", self.schedule, pruning.SCHEDULES),
+            ratios=checks.choice("ratios", self.ratios, pruning.RATIOS),
+            retraining=checks.choice("retraining", self.retraining, RETRAININGS),
+            group_lasso=checks.number("group_lasso", self.group_lasso),
+            prune_ends=checks.flag("prune_ends", self.prune_ends),
+            masks=checks.choice("masks", self.masks, pruning.MASKS),
+        )
+        check_sparsity(self.sparsity)
+        if self.group_lasso and not isinstance(pattern, Block):
+            raise ValueError(f"group_lasso shrinks blocks, and {self.pattern} has none: use it with Block(rows, cols)")
+
+    @property
+    def method(self) -> str:
+        """The pattern's family and what sets the run apart: ``hybrid``, ``random-hybrid``, ``block-group-lasso``."""
+        prefix = "random-" * (self.score == "random") + "refitted-" * (self.masks == "refitted")
+        return prefix + parse(self.pattern).family + ("-group-lasso" if self.group_lasso else "")
+
+    @cached_property
+    def run_id(self) -> str:
+        dense = self.dense
+        return (
+            f"{dense.dataset}-vgg16x{dense.width:g}-seed{dense.seed}-{self.method}-"
+            f"{100 * self.sparsity:g}pct-{fingerprint(self)}"
+        )
+
+    @property
+    def label(self) -> str:
+        """What progress bars and messages call it."""
+        return f"{self.dense.dataset}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
+
+
+def _normalise(frozen, **values) -> None:
+    for name, value in values.items():
+        object.__setattr__(frozen, name, value)
+
+
+def fingerprint(experiment: Dense | Pruned) -> str:
+    """Eight hex digits of the non-default fields: a new field with a default keeps the ids of old runs.
+
+    Hybrids on a schedule always say how their masks are made: up to version 0.1 they were refitted without saying so.
+    """
+    value = _non_default(experiment)
+    in_steps = isinstance(experiment, Pruned) and experiment.schedule != "one-shot"
+    if in_steps and isinstance(parse(experiment.pattern), Hybrid):
+        value["masks"] = experiment.masks
+    return records.fingerprint(value)
+
+
+def _non_default(value):
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {
+        f.name: _non_default(getattr(value, f.name))
+        for f in dataclasses.fields(value)
+        if f.default is MISSING or getattr(value, f.name) != f.default
+    }

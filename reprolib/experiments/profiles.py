@@ -1,0 +1,202 @@
+"""Profiles: one YAML file says how large the reproduction is. Nothing else differs between quick, laptop and paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import pandas as pd
+import yaml
+
+from reprolib import experiments
+from reprolib.experiments import Dense, Pruned
+from reprolib.files import paths
+from reprolib.training import Recipe
+
+DRY_RUN, DRY_IMAGES = "-dry-run", 16
+DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
+DECIDED_FROM = 0.90  # CIFAR-10 is nearly flat below: claims on accuracy are decided at and above this target sparsity
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What to compute. `methods` and `ablations` map a name to fields of `Pruned`; a method may restrict the
+    profile's `sparsities`, `seeds` and `datasets` with keys of these names. `threads` is per network in training:
+    results are bit-identical for equal thread counts, and many small networks train fastest on one thread each.
+    """
+
+    name: str
+    purpose: str
+    threads: int
+    datasets: list[str]
+    width: float
+    hidden: list[int]
+    seeds: list[int]
+    recipe: Recipe
+    retraining_epochs: int
+    sparsities: list[float]
+    methods: dict[str, dict]
+    ablations: dict[str, dict]
+    images: int = 0
+
+    def dense(self, dataset: str, seed: int) -> Dense:
+        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images)
+
+    def settings(self, method: str) -> dict:
+        """The parameters of notebook 02 that make up a method: ``pattern``, ``sparsities`` and what else it names.
+
+        Raises ValueError for an unknown method.
+        """
+        known = self.methods | self.ablations
+        if method not in known:
+            raise ValueError(f"unknown method {method!r} in profile {self.name}: known are {', '.join(known)}")
+        chosen = {key: value for key, value in known[method].items() if key not in ("seeds", "datasets")}
+        return {"sparsities": self.sparsities} | chosen
+
+    def experiments(
+        self, dataset: str, seed: int, sparsities: list[float], epochs: int = 0, **settings
+    ) -> list[Pruned]:
+        """One experiment per sparsity from the dense network of this data set and seed; `epochs` 0: the profile's.
+
+        Raises ValueError for fields that an experiment does not have.
+        """
+        unknown = sorted(set(settings) - {f.name for f in fields(Pruned)})
+        if unknown:
+            raise ValueError(f"profile {self.name}: an experiment has no field {', '.join(unknown)}")
+        dense, epochs = self.dense(dataset, seed), epochs or self.retraining_epochs
+        return [Pruned(dense, sparsity=sparsity, epochs=epochs, **settings) for sparsity in sparsities]
+
+    def pruned(self, method: str, dataset: str, seed: int) -> list[Pruned]:
+        """The experiments of a method for one data set and seed; empty where the method does not ask for them."""
+        settings = self.settings(method)
+        only = (self.methods | self.ablations)[method]
+        if seed not in only.get("seeds", self.seeds) or dataset not in only.get("datasets", self.datasets):
+            return []
+        return self.experiments(dataset, seed, **settings)
+
+    def asked(self, section: str) -> list[Pruned]:
+        """All experiments of a section, ``methods`` or ``ablations``."""
+        return [
+            experiment
+            for seed in self.seeds
+            for dataset in self.datasets
+            for method in getattr(self, section)
+            for experiment in self.pruned(method, dataset, seed)
+        ]
+
+    def plan(self) -> list[Dense | Pruned]:
+        """All experiments, the most telling ones first, each behind the dense network that it starts from.
+
+        Of each seed: the dense networks, then what decides claims on hybrid, block and balanced, the other methods, the
+        ablations; within these, sparsities, data sets and methods in the order in which the profile names them.
+        """
+
+        def place(experiment: Pruned) -> int:
+            known = experiment.sparsity in self.sparsities
+            return self.sparsities.index(experiment.sparsity) if known else len(self.sparsities)
+
+        ordered = []
+        for seed in self.seeds:
+            of_seed = {
+                section: sorted((e for e in self.asked(section) if e.dense.seed == seed), key=place)
+                for section in ("methods", "ablations")
+            }
+            decisive = [e for e in of_seed["methods"] if e.method in DECISIVE and e.sparsity >= DECIDED_FROM]
+            ordered += [self.dense(dataset, seed) for dataset in self.datasets]
+            ordered += decisive + of_seed["methods"] + of_seed["ablations"]
+        return list(dict.fromkeys(ordered))
+
+
+def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """What a profile asks for, beside what its ``accuracy.csv`` holds. Index: dataset, method, in the profile's order.
+
+    Columns: asked and trained (networks), missing (their seeds and sparsities, as a text), hours_left (to train the
+    missing ones one after the other, at the mean time per epoch of the networks of the data set that are there; NaN
+    where there are none).
+    """
+    dense = [profile.dense(dataset, seed) for dataset in profile.datasets for seed in profile.seeds]
+    rows = pd.DataFrame(
+        {
+            "dataset": (e if isinstance(e, Dense) else e.dense).dataset,
+            "method": "dense" if isinstance(e, Dense) else e.method,
+            "seed": (e if isinstance(e, Dense) else e.dense).seed,
+            "sparsity": 0.0 if isinstance(e, Dense) else e.sparsity,
+            "epochs": experiments.epochs(e),
+            "run_id": e.run_id,
+        }
+        for e in dense + profile.asked("methods")
+    )
+    rows = rows.sort_values("dataset", key=lambda names: names.map(profile.datasets.index), kind="stable")
+    rows["trained"] = rows["run_id"].isin(accuracy["run_id"])
+    times = accuracy.groupby("dataset")[["wall_time_s", "epochs"]].sum()
+    hours_per_epoch = rows["dataset"].map(times["wall_time_s"] / times["epochs"]) / 3600
+    rows["hours_left"] = rows["epochs"].where(~rows["trained"], 0) * hours_per_epoch
+    groups = rows.groupby(["dataset", "method"], sort=False)
+    table = groups.agg(asked=("run_id", "size"), trained=("trained", "sum"), hours_left=("hours_left", _sum))
+    table.insert(2, "missing", [_missing(group[~group["trained"]]) for _, group in groups])
+    return table
+
+
+def _sum(hours: pd.Series) -> float:
+    return hours.sum(min_count=1)
+
+
+def _missing(rows: pd.DataFrame) -> str:
+    """Sparsities by seed: ``seed 1: 90, 98 %``."""
+    texts = []
+    for seed, group in rows.groupby("seed"):
+        sparsities = ", ".join(f"{100 * sparsity:g}" for sparsity in sorted(group["sparsity"]) if sparsity)
+        texts.append(f"seed {seed}: {sparsities} %" if sparsities else f"seed {seed}")
+    return "; ".join(texts)
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+
+
+def load(name: str) -> Profile:
+    """Read ``profiles/<name>.yaml``; for ``<name>-dry-run``, what `dry_run` makes of it.
+
+    Raises ValueError, naming what is wrong, for an unknown or incomplete profile.
+    """
+    if name.endswith(DRY_RUN):
+        return dry_run(load(name.removesuffix(DRY_RUN)))
+    if name not in names():
+        raise ValueError(f"unknown profile {name!r}: known are {', '.join(names())}")
+    try:
+        return _read(name)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"profiles/{name}.yaml: {' '.join(str(error).split())}") from None
+
+
+def dry_run(profile: Profile) -> Profile:
+    """The networks of the first two seeds, three epochs of two steps on a few images each: all of the code, in minutes.
+
+    Six steps, so that masks change and then hold while it trains, and that a GPU captures steps with a penalty too; two
+    seeds, so that claims get intervals.
+    """
+
+    def short(methods: dict[str, dict]) -> dict[str, dict]:
+        return {name: {key: value for key, value in m.items() if key != "epochs"} for name, m in methods.items()}
+
+    return replace(
+        profile,
+        name=profile.name + DRY_RUN,
+        purpose=f"every network of {profile.name}, two seeds, six steps each: tries the code, proves nothing",
+        seeds=profile.seeds[:2],
+        recipe=replace(profile.recipe, epochs=3, batch_size=DRY_IMAGES // 2),
+        retraining_epochs=3,
+        methods=short(profile.methods),
+        ablations=short(profile.ablations),
+        images=DRY_IMAGES,
+    )
+
+
+def _read(name: str) -> Profile:
+    settings = yaml.safe_load((paths.PROFILES / f"{name}.yaml").read_text())
+    expected = {f.name for f in fields(Profile)} - {"name", "images"}
+    wrong = expected.symmetric_difference(settings)
+    if wrong:
+        raise ValueError(f"these keys are missing or unknown: {', '.join(sorted(wrong))}")
+    profile = Profile(**settings | {"name": name, "recipe": Recipe(**settings["recipe"])})
+    profile.plan()  # builds every experiment once, so that a typo shows before anything is trained
+    return profile

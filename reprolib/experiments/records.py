@@ -1,0 +1,123 @@
+"""Records: one JSON file per finished experiment, written atomically, with its provenance; and their tidy table."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from reprolib.files import paths
+from reprolib.files.atomic import write_atomically
+
+
+def write(path: Path, record: dict) -> None:
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def read(path: Path) -> dict:
+    """Read a record. Raises ValueError if the file is damaged."""
+    try:
+        record = json.loads(path.read_text())
+        record["row"]["run_id"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"the record {path} is damaged: delete its folder and run again") from None
+    return record
+
+
+def fingerprint(value: dict) -> str:
+    """Eight hex digits that tell a JSON-like value from others."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def update(path: Path, rows: pd.DataFrame, asked: list[str]) -> None:
+    """Write a table of results in a fixed order of rows; a file that would not change is left alone.
+
+    Rows of the table that is there already stay where `asked` names their run_id and `rows` has none of it.
+    """
+    if path.exists():
+        kept = read_csv(path)
+        rows = pd.concat([rows, kept[kept["run_id"].isin(asked)]], ignore_index=True)
+    if rows.empty:
+        return
+    keys = ["dataset", "pattern", "spec", "target_sparsity", "seed", "run_id"]
+    rows = rows.drop_duplicates("run_id").sort_values([key for key in keys if key in rows], na_position="first")
+    if not path.exists() or path.read_text() != to_csv(rows):
+        write_csv(path, rows)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table atomically; equal tables give equal bytes."""
+    write_atomically(path, to_csv(frame))
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a results table. Raises FileNotFoundError, and ValueError if it is damaged."""
+    if not path.exists():
+        raise FileNotFoundError(f"no results in {path}: make reproduce computes them")
+    try:
+        return pd.read_csv(path, dtype={"commit": str, "run_id": str})  # a hash may look like a number
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"the table {path} is damaged ({error}): make reproduce writes it anew") from None
+
+
+# --- Provenance -----------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict:
+    """What a number came from: commit (``+`` marks uncommitted changes of the code), versions, hardware, date."""
+    return {
+        "commit": commit(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def commit() -> str:
+    """Short commit of the code, with a ``+`` if reprolib or the profiles differ from it; ``unknown`` outside git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", paths.ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "reprolib", "profiles", "notebooks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@cache
+def hardware(device: str | None = None) -> str:
+    """The GPU's name, or the processor's with its cores and vector instructions; of the device that trains by default.
+
+    Cloud machines call processors of several generations by one name; the instructions tell them apart.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux: the plain name does
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,243 @@
+"""`run` computes each experiment once: what has a record is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from reprolib import pruning, training
+from reprolib.experiments import records, storage
+from reprolib.experiments.definitions import Dense, Pruned
+from reprolib.models import layer_flops, vgg16
+from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
+from reprolib.training import data, precision
+
+TOLERANCE = 0.005  # half a point: how far achieved sparsity may lie from its target
+RETRAINING_SEED = 1_000_000  # added to the seed: retraining draws other images than training, the same for all patterns
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) -> dict:
+    """The experiment's record, from `folder` if it is there, else computed and written there.
+
+    The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (see `reprolib.storage`); while
+    it trains, and when it was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask for
+    the same experiment compute it once: the second waits. Raises deadline.OutOfTime when `time.time()` passes
+    `deadline`, ValueError for what can't be computed as asked, and OSError where the folder can't be written.
+    """
+    path = folder / experiment.run_id / "record.json"
+    if path.exists():
+        return records.read(path)
+    if isinstance(experiment, Pruned):
+        run(experiment.dense, folder, deadline)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        if path.exists():
+            return records.read(path)
+        checkpoint = path.parent / CHECKPOINT
+        for unfinished in path.parent.glob(".*.safetensors.*"):  # of a process that was ended while it wrote
+            unfinished.unlink()
+        started = time.perf_counter() - training.position(checkpoint).wall_time_s
+        compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
+        row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
+        storage.write(path.parent / "weights.safetensors", model.state_dict())
+        record = {
+            "experiment": dataclasses.asdict(experiment),
+            "row": {"run_id": experiment.run_id} | row,
+            "curve": curve,
+            "provenance": records.provenance() | {"wall_time_s": round(time.perf_counter() - started, 1)},
+        }
+        record["row"] |= {key: record["provenance"][key] for key in ("commit", "hardware", "threads", "wall_time_s")}
+        records.write(path, record)
+        checkpoint.unlink(missing_ok=True)
+        return records.read(path)
+
+
+def is_done(experiment: Dense | Pruned, folder: Path) -> bool:
+    return (folder / experiment.run_id / "record.json").exists()
+
+
+def epochs(experiment: Dense | Pruned) -> int:
+    """How many epochs the experiment itself trains."""
+    return experiment.recipe.epochs if isinstance(experiment, Dense) else experiment.epochs
+
+
+def epochs_done(experiment: Dense | Pruned, folder: Path) -> float:
+    """Epochs of an experiment that need not be computed any more, as its record or its checkpoint says."""
+    if is_done(experiment, folder):
+        return epochs(experiment)
+    try:
+        return epochs(experiment) * training.position(folder / experiment.run_id / CHECKPOINT).progress
+    except ValueError:
+        return 0.0  # damaged: whoever trains it says so
+
+
+def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
+    """The trained network of an experiment that has been run, in eval mode on the training device."""
+    path = folder / experiment.run_id / "weights.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no weights {path}: delete {path.parent} and run the experiment again")
+    dense = experiment.dense if isinstance(experiment, Pruned) else experiment
+    model = _new_model(dense)
+    model.load_state_dict(storage.read(path))
+    return model.eval()
+
+
+def _new_model(dense: Dense) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(dense.seed)
+        classes = {"cifar100": 100}.get(dense.dataset, 10)
+        model = vgg16(classes, dense.width, tuple(dense.hidden))
+    return model.to(training.device(), memory_format=torch.channels_last)
+
+
+def _dataset(dense: Dense) -> data.Dataset:
+    dataset = data.load(dense.dataset)
+    return (dataset.first(dense.images) if dense.images else dataset).to(training.device())
+
+
+def _run_dense(dense: Dense, folder: Path, **limits):
+    dataset = _dataset(dense)
+    model = _new_model(dense)
+    curve, _ = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
+    accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
+    row = _dense_columns(dense) | {
+        "sparsity": 0.0,
+        "sparsity_total": 0.0,
+        "accuracy_dense_pct": accuracy,
+        "accuracy_pct": accuracy,
+        "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
+        "epochs": dense.recipe.epochs,
+        "flops": sum(layer_flops(model).values()),
+        "params_kept": _parameters(model),
+    }
+    return row, curve, model
+
+
+def _run_pruned(experiment: Pruned, folder: Path, **limits):
+    dense, pattern = experiment.dense, parse(experiment.pattern)
+    dataset = _dataset(dense)
+    model = load_model(dense, folder)
+    weights = pruning.prunable(model, experiment.prune_ends)
+    ratios = _ratios(experiment, pattern, weights, model, dataset)
+
+    def due_at(progress: float) -> tuple[float, ...]:
+        return tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values())
+
+    def masks_for(due: tuple[float, ...], alive: dict[str, Tensor]) -> dict[str, Tensor]:
+        sparsities = dict(zip(weights, due, strict=True))
+        nesting = {"alive": alive, "targets": ratios} if experiment.masks == "nested" else {}
+        return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed, **nesting)
+
+    def penalty() -> Tensor:
+        return experiment.group_lasso * pruning.group_lasso(weights, pattern)
+
+    accuracy_pruned = _accuracy_right_after(experiment, pattern, ratios, dataset, folder)
+    curve, masks = training.fit(
+        model,
+        dataset,
+        replace(dense.recipe, epochs=experiment.epochs),
+        seed=RETRAINING_SEED + dense.seed,
+        lr_at=_lr_at(experiment),
+        schedule=training.MaskSchedule(due_at, masks_for),
+        penalty=penalty if experiment.group_lasso else None,
+        penalty_until=pruning.PRUNING_PHASE,
+        label=experiment.label,
+        **limits,
+    )
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    row = _dense_columns(dense) | {
+        "pattern": experiment.method,
+        "spec": experiment.pattern,
+        **sizes(pattern),
+        "score": experiment.score,
+        "schedule": experiment.schedule,
+        "ratios": experiment.ratios,
+        "retraining": experiment.retraining,
+        "group_lasso": experiment.group_lasso,
+        "prune_ends": experiment.prune_ends,
+        "masks": experiment.masks,
+        "target_sparsity": experiment.sparsity,
+        "sparsity": pruning.achieved_sparsity(masks),
+        "sparsity_total": pruned / _parameters(model),
+        "accuracy_dense_pct": run(dense, folder)["row"]["accuracy_pct"],
+        "accuracy_pruned_pct": accuracy_pruned,
+        "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision),
+        "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
+        "epochs": experiment.epochs,
+        "flops": pruning.remaining_flops(layer_flops(model), masks),
+        "params_kept": _parameters(model) - pruned,
+    }
+    return row, curve, model
+
+
+def _accuracy_right_after(experiment: Pruned, pattern: Pattern, ratios, dataset, folder: Path) -> float:
+    """Test accuracy of the dense network pruned at once, before any retraining; checks the target on the way."""
+    model = load_model(experiment.dense, folder)
+    weights = pruning.prunable(model, experiment.prune_ends)
+    masks = pruning.make_masks(weights, pattern, ratios, experiment.score, experiment.dense.seed)
+    check_target(pattern, experiment.sparsity, masks)
+    pruning.apply_masks(weights, masks)
+    return training.accuracy_pct(model, dataset, dataset.test, experiment.dense.recipe.precision)
+
+
+def check_target(pattern: Pattern, target: float, masks: dict[str, Tensor]) -> None:
+    """Raise ValueError, with the bank that would do, where `masks` miss the target by more than half a point."""
+    achieved = pruning.achieved_sparsity(masks)
+    if abs(achieved - target) <= TOLERANCE:
+        return
+    remedy = "use smaller units or another sparsity"
+    if isinstance(pattern, Balanced):
+        columns = sorted({mask[0].numel() for mask in masks.values()})
+        bank = fitting_bank(columns, target, TOLERANCE)
+        if bank:
+            remedy = f"Balanced({bank}) does: the smallest bank that divides rows of {columns} weights and fits"
+    raise ValueError(f"{pattern} reaches {100 * achieved:.2f} % sparsity where {100 * target:g} % was asked: {remedy}")
+
+
+def _ratios(experiment: Pruned, pattern: Pattern, weights, model, dataset) -> dict[str, float]:
+    """Each layer's own target, from the dense network."""
+    match experiment.ratios:
+        case "uniform":
+            return pruning.uniform_ratios(weights, experiment.sparsity)
+        case "global":
+            return pruning.global_ratios(weights, pattern, experiment.sparsity)
+        case "sensitivity":
+            return pruning.sensitivity_ratios(
+                weights,
+                pattern,
+                experiment.sparsity,
+                lambda: training.mean_loss(model, dataset, dataset.validation, experiment.dense.recipe.precision),
+            )
+
+
+def _lr_at(experiment: Pruned) -> Callable[[float], float]:
+    if experiment.retraining == "fine-tuning":
+        return training.fine_tuning_lr
+    rounds = pruning.ROUNDS if experiment.schedule == "iterative" else 1
+    return lambda progress: training.rewound_lr(
+        progress * rounds % 1, experiment.epochs / rounds, experiment.dense.recipe.epochs
+    )
+
+
+def _dense_columns(dense: Dense) -> dict:
+    return {
+        "dataset": dense.dataset,
+        "model": "vgg16",
+        "width": dense.width,
+        "precision": precision.usable(dense.recipe.precision, training.device().type),
+        "pattern": "dense",
+        "seed": dense.seed,
+    }
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

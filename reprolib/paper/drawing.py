@@ -1,0 +1,112 @@
+"""What all figures and tables share: their look, how they are written, and the hand that a method is drawn with."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from reprolib.files.atomic import write_atomically
+
+# One colour and marker per method in every figure (Okabe & Ito's palette, safe for colour-blind readers).
+STYLE = {
+    "unstructured": ("#999999", "D"),
+    "balanced": ("#0072B2", "s"),
+    "vector": ("#009E73", "v"),
+    "hybrid": ("#D55E00", "o"),
+    "block": ("#CC79A7", "^"),
+    "two-four-block": ("#5D3A9B", "p"),
+    "block-group-lasso": ("#E69F00", "P"),
+    "random-hybrid": ("#56B4E9", "X"),
+}
+SPARE_COLORS = sns.color_palette("dark")
+VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#777777", "no data": "#BBBBBB"}
+DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cpu": "CPU", "cuda": "GPU"}
+
+
+def theme() -> None:
+    """Set the look of all figures."""
+    sns.set_theme(context="notebook", style="whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "svg.hashsalt": "reprolib", "svg.fonttype": "none"})
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write ``stem.svg`` and ``stem.png``, each atomically and without a date: equal data give equal files."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    write_atomically(stem.with_suffix(".svg"), buffer.getvalue())
+    write_atomically(stem.with_suffix(".png"), png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as the content of a PNG file, without a date or version in it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_table(table: pd.DataFrame, stem: Path) -> None:
+    """Write a table of texts as ``stem.md`` and ``stem.tex``."""
+    write_atomically(stem.with_suffix(".md"), table.to_markdown() + "\n")
+    escaped = table.rename(columns=_tex, index=_tex).map(_tex)
+    write_atomically(stem.with_suffix(".tex"), escaped.style.to_latex(hrules=True))
+
+
+def _tex(value: object) -> str:
+    text = str(value).replace("%", r"\%").replace("&", r"\&").replace("_", r"\_").replace("±", r"$\pm$")
+    return text.replace("×", r"$\times$").replace("µ", r"$\mu$")
+
+
+# --- Methods ---------------------------------------------------------------------------------------------------------
+
+
+def label(method: str) -> str:
+    """A method's name as legends show it."""
+    return method.replace("two-four", "2:4").replace("-", " ")
+
+
+def style(method: str) -> tuple:
+    """Colour and marker of a method; methods of your own get spare ones, the same in every figure."""
+    return STYLE.get(method, (SPARE_COLORS[sum(method.encode()) % len(SPARE_COLORS)], "h"))
+
+
+def ordered(methods) -> list[str]:
+    known = [method for method in STYLE if method in set(methods)]
+    return known + sorted(set(methods) - set(STYLE) - {"dense"})
+
+
+def method_line(axis: plt.Axes, method: str, x, y, **bars) -> None:
+    color, marker = style(method)
+    axis.errorbar(
+        x,
+        y,
+        color=color,
+        marker=marker,
+        markersize=6.5,
+        markeredgecolor="white",
+        linewidth=2.4 if method == "hybrid" else 1.5,
+        linestyle="--" if method.startswith("random") else "-",
+        capsize=2,
+        zorder=3 if method == "hybrid" else 2,
+        label=label(method),
+        **bars,
+    )
+
+
+def sparsity_axis(axis: plt.Axes, targets: list[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_xlim((1 - targets[0]) * 1.25, (1 - targets[-1]) / 1.25)
+    axis.set_xticks([1 - target for target in targets])
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * (1 - density):.4g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("sparsity of the pruned layers (%), log scale of density")
+
+
+def mean_sd(values: pd.Series) -> str:
+    """ "mean ± SD", or the value alone if there is one."""
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")

@@ -1,0 +1,282 @@
+"""Pruned convolutions and linear layers on an NVIDIA GPU: fp16 activations and weights, fp32 sums.
+
+    p = plan(weight, bias, relu=True, pool=True, halo_out=1, device="cuda")
+    y = from_layout(conv(to_layout(x, halo=1), p), len(x), halo=1)
+
+Bias, ReLU and 2x2 max-pool are part of the kernel. Activations stay in the kernels' layout between layers:
+``[ceil(N / 8)][C][H + 2 halo][W + 2 halo][8]`` fp16, eight images interleaved, with a halo of zeros that a convolution
+writes itself. `conv` may be captured in a CUDA graph; call it once before, for the first call compiles (`warm_up`).
+
+This module imports everywhere; `require` says what a machine lacks to run it. On CPU tensors `conv` runs the NumPy
+specification of the kernels, which is slow and only good for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reprolib.sparse.cuda import packing
+from reprolib.sparse.cuda.packing import CHUNK, IMAGES, Packed
+
+# What a weight costs in each kernel, relative to one in a kept column of 32. Estimates from the instructions that a
+# multiplication needs, to be measured: 16 rows use half of what each load from shared memory brings; 2:4 counts both
+# halves of a quad. On the CUDA cores a weight would cost about 32: more than even v16 does for a column of which 15
+# weights are zero. So v1 runs only where it is named, for comparison.
+COSTS = {"v32": 1.0, "v16": 1.25, "2:4": 0.62}
+ROWS = {"v32": 32, "v16": 16, "2:4": 32, "v1": 1}
+SHORTEST_SLICE = 2  # steps; a slice costs a pass over its fp32 sums
+THREADS = 128  # per block, of the kernels without tensor cores
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A pruned layer, packed. Made by `plan`.
+
+    `variant` names the kernel: ``v32`` and ``v16`` keep columns of so many rows, ``2:4`` two of four weights in columns
+    of 32 rows, ``v1`` single weights. The arrays are those of `packing.Packed`, or of `packing.pack_scalar` (its
+    row starts as `schedule`), and `bias` fp32, filled up to whole row blocks.
+    """
+
+    variant: str
+    c_out: int
+    c_in: int
+    taps: int
+    relu: bool
+    pool: bool
+    halo_out: int
+    weights: Tensor
+    metadata: Tensor
+    columns: Tensor
+    schedule: Tensor
+    bias: Tensor
+
+
+def plan(
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    relu: bool = False,
+    pool: bool = False,
+    halo_out: int = 0,
+    device: str | torch.device = "cuda",
+    variant: str | None = None,
+) -> Plan:
+    """Pack a weight ``[C_out, C_in, 3, 3]``, ``[C_out, C_in, 1, 1]`` or ``[out, in]``, its zeros pruned; onto `device`.
+
+    Convolutions have stride 1 and a padding that keeps the size. After bias and `relu`, `pool` takes the maximum of
+    each 2x2 window; the output gets a halo of `halo_out` (0 or 1) zeros. `variant` is the one with the least work to
+    do, unless named. Raises ValueError for another shape or variant, and for 2:4 where the weight is not.
+    """
+    if weight.dim() == 2:
+        weight = weight[:, :, None, None]
+    if weight.dim() != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
+        raise ValueError(f"no kernel for a weight of shape {tuple(weight.shape)}: 3x3, 1x1 and linear are supported")
+    if halo_out not in (0, 1):
+        raise ValueError(f"halo_out must be 0 or 1, not {halo_out}")
+    c_out, c_in, taps, _ = weight.shape
+    matrix = weight.detach().cpu().permute(0, 2, 3, 1).half().contiguous().numpy()
+    kept = packing.nonzero(matrix)
+    if variant is None:
+        work = costs(kept)
+        variant = min(work, key=work.get)
+    if variant not in ROWS:
+        raise ValueError(f"variant {variant!r} is unknown: use one of {', '.join(ROWS)}")
+    if variant == "2:4" and not packing.fits_two_of_four(kept):
+        raise ValueError("the weight is not 2:4: some four consecutive channels hold more than two non-zero weights")
+    rows = ROWS[variant]
+    if variant == "v1":
+        weights, columns, schedule = packing.pack_scalar(matrix)
+        packed = Packed(weights, np.zeros((0, 32), np.uint32), columns, schedule)
+        rows_of_blocks = c_out
+    else:
+        warps = packing.warps_for(c_out, rows)
+        packed = packing.pack(matrix, rows, warps, variant == "2:4")
+        rows_of_blocks = math.ceil(c_out / (rows * warps)) * rows * warps
+    padded_bias = F.pad(bias.detach().cpu().float(), (0, rows_of_blocks - c_out))
+    # torch has few operations for unsigned integers; the bits are the same.
+    arrays = packed.weights, packed.metadata.view(np.int32), packed.columns, packed.schedule
+    arrays = [a.view(np.int16) if a.dtype == np.uint16 else a for a in arrays]
+    tensors = [torch.from_numpy(a).to(device) for a in arrays]
+    return Plan(variant, c_out, c_in, taps, relu, pool, halo_out, *tensors, padded_bias.to(device))
+
+
+def costs(kept: np.ndarray) -> dict[str, float]:
+    """The work of each tensor-core variant that can run a weight, in weights of ``v32``.
+
+    `kept` is the result of `packing.nonzero`.
+    """
+    work = {variant: packing.stored_weights(kept, ROWS[variant]) for variant in ("v32", "v16")}
+    if packing.fits_two_of_four(kept):
+        work["2:4"] = packing.stored_weights(kept, ROWS["2:4"], packing.QUAD)
+    return {variant: COSTS[variant] * weights for variant, weights in work.items()}
+
+
+# --- Layout ----------------------------------------------------------------------------------------------------------
+
+
+def to_layout(x: Tensor, halo: int) -> Tensor:
+    """``[N, C, H, W]`` of any float type to the kernels' layout, fp16, with a halo and missing images of zeros."""
+    n, c, height, width = x.shape
+    padded = F.pad(x.half(), (halo, halo, halo, halo, 0, 0, 0, -n % IMAGES))
+    groups = padded.reshape(-1, IMAGES, c, height + 2 * halo, width + 2 * halo)
+    return groups.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def from_layout(y: Tensor, n: int, halo: int = 0) -> Tensor:
+    """The first `n` images of activations in the kernels' layout, without the halo: ``[n, C, H, W]`` fp16."""
+    inner = y[:, :, halo : y.shape[2] - halo, halo : y.shape[3] - halo]
+    return inner.permute(0, 4, 1, 2, 3).flatten(0, 1)[:n].contiguous()
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def conv(x: Tensor, plan: Plan) -> Tensor:
+    """Run a layer on activations in the kernels' layout, with a halo of 1 for 3x3, 0 otherwise; on torch's stream.
+
+    The result is in the same layout, its halo as planned. Raises ValueError for activations that do not fit.
+    """
+    halo = plan.taps // 2
+    height, width = x.shape[2] - 2 * halo, x.shape[3] - 2 * halo
+    if x.dim() != 5 or x.shape[1] != plan.c_in or x.shape[4] != IMAGES or x.dtype != torch.float16:
+        raise ValueError(f"activations {tuple(x.shape)} {x.dtype} do not fit a layer of {plan.c_in} input channels")
+    if min(height, width) < 1 + plan.pool:
+        raise ValueError(f"maps of {height}x{width} pixels are too small{' for a max-pool' * plan.pool}")
+    arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
+    sizes = plan.c_out, plan.taps, ROWS[plan.variant], plan.relu, plan.pool, plan.halo_out
+    return torch.ops.reprolib.sparse_conv(x.contiguous(), *arrays, *sizes)
+
+
+def warm_up(plan: Plan, n: int, height: int, width: int) -> None:
+    """Compile and load what `conv` needs for `n` images of `height` x `width`, as before capturing a CUDA graph."""
+    halo = plan.taps // 2
+    shape = math.ceil(n / IMAGES), plan.c_in, height + 2 * halo, width + 2 * halo, IMAGES
+    conv(torch.zeros(shape, dtype=torch.float16, device=plan.bias.device), plan)
+    torch.cuda.synchronize(plan.bias.device)
+
+
+@torch.library.custom_op("reprolib::sparse_conv", mutates_args=(), device_types="cuda")
+def _sparse_conv(
+    x: Tensor,
+    weights: Tensor,
+    metadata: Tensor,
+    columns: Tensor,
+    schedule: Tensor,
+    bias: Tensor,
+    c_out: int,
+    taps: int,
+    rows: int,
+    relu: bool,
+    pool: bool,
+    halo_out: int,
+) -> Tensor:
+    arrays = weights, metadata, columns, schedule, bias
+    with torch.cuda.device(x.device):
+        return run(launch, _multiprocessors(x.device), x, arrays, c_out, taps, rows, relu, pool, halo_out)
+
+
+@_sparse_conv.register_fake
+def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, pool, halo_out):
+    return x.new_empty(_shape_out(x, c_out, taps, pool, halo_out))
+
+
+@_sparse_conv.register_kernel("cpu")
+def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, pool, halo_out):
+    x, weights, columns, schedule = x.numpy(), weights.numpy(), columns.numpy(), schedule.numpy()
+    if rows == 1:
+        sums = packing.scalar_spec(x, weights, columns, schedule, taps)
+    else:
+        packed = Packed(weights, metadata.numpy().view(np.uint32), columns, schedule)
+        sums = packing.tensor_core_spec(x, packed, taps, c_out, packing.warps_for(c_out, rows))
+    return torch.from_numpy(packing.epilogue_spec(sums, bias.numpy(), relu, pool, halo_out))
+
+
+def _shape_out(x: Tensor, c_out: int, taps: int, pool: bool, halo_out: int) -> tuple:
+    height, width = ((size - taps // 2 * 2) // (1 + pool) + 2 * halo_out for size in x.shape[2:4])
+    return x.shape[0], c_out, height, width, IMAGES
+
+
+# --- Launching -------------------------------------------------------------------------------------------------------
+
+
+def run(launch, multiprocessors: int, x: Tensor, arrays: tuple, c_out, taps, rows, relu, pool, halo_out) -> Tensor:
+    """Choose the kernels for a layer and a map size, and run them through `launch` (see there)."""
+    weights, metadata, columns, schedule, bias = arrays
+    y = x.new_empty(_shape_out(x, c_out, taps, pool, halo_out))
+    groups, c_in, height, width = x.shape[0], x.shape[1], x.shape[2] - taps // 2 * 2, x.shape[3] - taps // 2 * 2
+    if rows == 1:
+        grid = math.ceil(groups * y.shape[2] * y.shape[3] / THREADS), c_out
+        sizes = c_in, height, width, c_out, groups, halo_out
+        launch("scalar", (taps, pool, relu), grid, THREADS, x, y, weights, columns, schedule, bias, *sizes)
+        return y
+    tile = packing.tile_for(taps, height, width, c_out, rows, two_of_four=len(metadata) > 0, relu=relu, pool=pool)
+    row_blocks, deep_patches = math.ceil(c_out / tile.block_rows), math.ceil(groups / tile.deep)
+    patches = math.ceil(height / tile.tall) * math.ceil(width / tile.wide)
+    blocks = row_blocks * patches * deep_patches
+    slices = slices_for(blocks, math.ceil(c_in / CHUNK), tile.resident * multiprocessors)
+    parts = slices, blocks, tile.block_rows * tile.pixels * IMAGES
+    sums = x.new_empty(parts, dtype=torch.float32) if slices > 1 else y
+    sizes = c_in, height, width, c_out, groups, halo_out, slices
+    grid = row_blocks, patches, deep_patches * slices
+    launch("tensor_core", (tile,), grid, 32 * tile.warps, x, sums, *arrays, *sizes)
+    if slices > 1:
+        sizes = slices, blocks, row_blocks, groups, c_out, height, width, halo_out
+        launch("reduce", (tile,), (math.ceil(y.numel() / IMAGES / THREADS),), THREADS, sums, y, bias, *sizes)
+    return y
+
+
+def slices_for(blocks: int, steps: int, resident: int) -> int:
+    """Into how many slices to cut the steps of `blocks` CUDA blocks on a GPU that runs `resident` of them at once."""
+    return max(1, min(resident // blocks, steps // SHORTEST_SLICE))
+
+
+def require() -> None:
+    """Raise RuntimeError, in one line, if this machine can't run the kernels."""
+    if not torch.cuda.is_available():
+        missing = "no NVIDIA GPU, or no driver for it"
+    elif importlib.util.find_spec("numba_cuda") is None:
+        missing = "the package numba-cuda is not installed"
+    elif (capability := torch.cuda.get_device_capability()) < (8, 0):
+        missing = f"compute capability {'.'.join(map(str, capability))}, 8.0 is needed"
+    else:
+        return
+    raise RuntimeError(f"can't run the CUDA kernels: {missing}; use the CPU kernels: sparsify(model, device='cpu')")
+
+
+def launch(name: str, sizes: tuple, grid: tuple, threads: int, *arguments) -> None:
+    """Launch a kernel of `kernels.KERNELS`, made for `sizes`, on torch's stream; tensors go by their address."""
+    from numba import cuda
+
+    stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
+    kernel = _compiled(name, sizes, threads, torch.cuda.current_device())
+    kernel[grid, threads, stream](*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+@functools.cache
+def _compiled(name: str, sizes: tuple, threads: int, device: int):
+    """A kernel, compiled and loaded on the current device.
+
+    All of them stay below 48 KB of shared memory. For more, a kernel needs the attribute
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, which Numba has no name for; this would be the place to set it.
+    """
+    from numba import cuda, void
+
+    from reprolib.sparse.cuda.kernels import KERNELS
+
+    make, signature = KERNELS[name]
+    print("compiling a CUDA kernel: about two seconds, once for each layer size", file=sys.stderr)
+    return cuda.jit(void(*signature), launch_bounds=threads)(make(*sizes))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

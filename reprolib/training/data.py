@@ -1,0 +1,191 @@
+"""Data sets that live on the training device as uint8: CIFAR-10, CIFAR-100 and the embedded digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from reprolib.files import paths
+
+NAMES = ("digits", "cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 ``[N, 32, 32, 3]`` and labels int64 ``[N]``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def first(self, count: int) -> Split:
+        return Split(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in three splits; `mean` and `std` are per channel, of the training split in [0, 1].
+
+    `flip`: whether a mirrored image still shows its class; `pad`: how many pixels a random crop may shift it.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    pad: int
+
+    def to(self, device: torch.device | str) -> Dataset:
+        return self._each(lambda split: split.to(device))
+
+    def first(self, count: int) -> Dataset:
+        """The first `count` images of each split, or all where there are fewer."""
+        return self._each(lambda split: split.first(count))
+
+    def _each(self, change: Callable[[Split], Split]) -> Dataset:
+        return replace(self, train=change(self.train), validation=change(self.validation), test=change(self.test))
+
+
+@cache
+def load(name: str, root: Path | None = None) -> Dataset:
+    """Load `name`: ``digits`` (comes with scikit-learn), ``cifar10`` or ``cifar100`` (fine labels).
+
+    CIFAR is read from `root`, by default ``$REPROLIB_DATA`` or ``data/``, and downloaded there if it is missing. One
+    tenth of the training images, the same ones for every seed, is set aside for validation.
+
+    Raises ValueError for an unknown name and for damaged files, FileNotFoundError if the data can't be had.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}: known are {', '.join(NAMES)}")
+    train_images, train_labels, test, classes = _read_cifar(name, Path(root) if root else paths.data())
+    return _dataset(name, classes, train_images, train_labels, test, flip=True, pad=4)
+
+
+def _dataset(name, classes, images, labels, test, flip, pad) -> Dataset:
+    chosen = np.random.default_rng(0).permutation(len(labels))
+    held_out = len(labels) // 10
+    validation, train = np.sort(chosen[:held_out]), np.sort(chosen[held_out:])
+    mean, std = _channel_statistics(images[train])
+    return Dataset(
+        name=name,
+        classes=tuple(classes),
+        train=_split(images[train], labels[train]),
+        validation=_split(images[validation], labels[validation]),
+        test=_split(*test),
+        mean=mean,
+        std=std,
+        flip=flip,
+        pad=pad,
+    )
+
+
+def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in [0, 1], from its histogram: exact, and fast."""
+    levels = np.arange(256) / 255
+    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
+    means = [float(np.average(levels, weights=count)) for count in counts]
+    deviations = [
+        float(np.average((levels - mean) ** 2, weights=count) ** 0.5) for mean, count in zip(means, counts, strict=True)
+    ]
+    return tuple(means), tuple(deviations)
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(np.asarray(labels, dtype=np.int64)))
+
+
+def _digits() -> Dataset:
+    """1,797 scans of handwritten digits, 8x8 grey, resized to 32x32 RGB; every fifth image is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    grey = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    images = grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    is_test = np.arange(len(images)) % 5 == 4
+    test = images[is_test], digits.target[is_test]
+    names = [str(label) for label in digits.target_names]
+    return _dataset("digits", names, images[~is_test], digits.target[~is_test], test, flip=False, pad=2)
+
+
+def _read_cifar(name: str, root: Path):
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    folder = root / source.base_folder
+    if not folder.exists():
+        _download(source, root)
+    for filename, md5 in [*source.train_list, *source.test_list]:
+        path = folder / filename
+        if not path.exists():
+            raise ValueError(f"{name} is incomplete: {path} is missing; delete {folder} and get it again (make data)")
+        if not torchvision.datasets.utils.check_md5(path, md5):
+            raise ValueError(f"{path} is damaged (md5 is not {md5}): delete {folder} and get it again (make data)")
+    train, test = source(root, train=True), source(root, train=False)
+    found = len(train.classes), len(train.data), len(test.data)
+    expected = {"cifar10": 10, "cifar100": 100}[name], 50_000, 10_000
+    if found != expected:
+        raise ValueError(f"{folder} holds (classes, training, test images) {found} where {name} has {expected}")
+    return train.data, np.array(train.targets), (test.data, np.array(test.targets)), train.classes
+
+
+def _download(source, root: Path) -> None:
+    try:
+        source(root, download=True)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source.base_folder} is neither in {root} nor could it be downloaded ({error}): put it there, "
+            "or set REPROLIB_DATA to the folder that holds it; PROFILE=quick needs no data"
+        ) from None
+
+
+# --- Batches --------------------------------------------------------------------------------------------------------
+
+
+def normalised(images: Tensor, dataset: Dataset) -> Tensor:
+    """uint8 ``[B, 32, 32, 3]`` to float32 ``[B, 3, 32, 32]`` in channels-last layout, zero mean and unit variance."""
+    shift, scale = _shift_and_scale(dataset.mean, dataset.std, images.device)
+    return ((images - shift) / scale).permute(0, 3, 1, 2)
+
+
+@cache
+def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`mean` and `std` in units of a uint8, on the device once and for all: a captured step can't fetch them."""
+    return torch.tensor(mean, device=device) * 255, torch.tensor(std, device=device) * 255
+
+
+def draw_augmentations(count: int, dataset: Dataset, generator: torch.Generator) -> Tensor:
+    """Random numbers for `augmented`, int64 ``[count, 3]``: shift down, shift right, whether to mirror."""
+    shifts = torch.randint(0, 2 * dataset.pad + 1, (count, 2), generator=generator)
+    mirrored = torch.randint(0, 2, (count, 1), generator=generator)
+    return torch.cat([shifts, mirrored], dim=1)
+
+
+def augmented(images: Tensor, draws: Tensor, dataset: Dataset) -> Tensor:
+    """Shift each image by up to `dataset.pad` pixels (zeros come in) and mirror it, each by its own `draws`.
+
+    uint8 ``[B, 32, 32, 3]`` in and out; `draws` as `draw_augmentations` makes them, on the device of the images.
+    """
+    pad, line = dataset.pad, torch.arange(images.shape[1], device=images.device)
+    rows = draws[:, 0:1] + line
+    cols = draws[:, 1:2] + (torch.where(draws[:, 2:3].bool(), line.flip(0), line) if dataset.flip else line)
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    each = torch.arange(len(images), device=images.device)
+    return padded[each[:, None, None], rows[:, :, None], cols[:, None, :]]

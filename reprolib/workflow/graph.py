@@ -1,0 +1,309 @@
+"""The front of the graph: `make reproduce`, `make figures` and `make sweep`.
+
+Networks are trained by `experiments.workers`, in the order of the profile's plan; their records become tables;
+Snakemake runs the notebooks that draw on these tables. One run at a time works on a folder, and each shows a bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import pandas as pd
+import torch
+import yaml
+from tqdm import tqdm
+
+from reprolib import experiments
+from reprolib.experiments import Dense, Pruned, profiles, records, workers
+from reprolib.experiments.profiles import Profile
+from reprolib.files import paths
+from reprolib.files.atomic import write_atomically
+from reprolib.files.deadline import seconds
+from reprolib.workflow import notebooks
+
+FIGURES_S = 150.0  # of a budget, kept for tables and figures
+
+# The rules of the Snakefile that draw, with the tables that each needs.
+DRAWING = {
+    "anatomy": [],
+    "accuracy_figure": [paths.accuracy_csv],
+    "ablation_figures": [paths.accuracy_csv, paths.ablations_csv],
+    "kernel_figures": [paths.latency_csv],
+    "latency_figure": [paths.accuracy_csv, paths.latency_csv],
+    "claims": [paths.accuracy_csv],
+}
+
+
+def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
+    """Compute everything that is missing of a profile, what tells most first, and draw what there is.
+
+    With a budget, training stops in time, to go on when asked again, and latencies are not measured. Raises
+    RuntimeError, behind everything else, for networks that could not be trained.
+    """
+    if budget_s <= FIGURES_S:
+        raise ValueError(f"a budget of {budget_s:g} s is too short: tables and figures alone may take {FIGURES_S:g} s")
+    deadline = time.time() + budget_s - FIGURES_S
+    print(f"{profile.name}: {profile.purpose}; {cores} cores")
+    folder, runs, plan = paths.results(profile.name), paths.runs(profile.name), profile.plan()
+    with ExitStack() as stack:
+        with _bar(sum(map(experiments.epochs, plan)), _epochs_done(plan, runs), "epoch") as look:
+            lock = stack.enter_context(_only_run(folder, look))
+            side_by_side = 1 if torch.cuda.is_available() else max(1, cores // profile.threads)
+            errors = workers.train(
+                plan, runs, workers=side_by_side, threads=profile.threads, deadline=deadline, look=look
+            )
+        missing = sum(not experiments.is_done(experiment, runs) for experiment in plan)
+        write_tables(profile)
+        if missing:
+            print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
+        try:
+            if missing or budget_s < math.inf:
+                draw(profile.name, cores, lock)
+            else:
+                _snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+        except RuntimeError as failed:
+            errors.append(str(failed).removeprefix("error: "))
+    if errors:
+        raise RuntimeError("\n".join(f"error: {line}" for line in errors))
+    print(f"figures and tables: {paths.figures(profile.name)}")
+    print(f"numbers: {paths.accuracy_csv(profile.name)}")
+
+
+def figures(profile: Profile, cores: int) -> None:
+    """Redraw the figures and tables of a profile from its tables of results, without training."""
+    records.read_csv(paths.accuracy_csv(profile.name))
+    with _only_run(paths.results(profile.name), lambda: None) as lock:
+        draw(profile.name, cores, lock)
+    print(f"redrawn: {paths.figures(profile.name)}")
+
+
+def draw(profile_name: str, cores: int, lock: IO) -> None:
+    """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone."""
+    rules = [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
+    accuracy = paths.accuracy_csv(profile_name)
+    if accuracy.exists() and not _has_pair(records.read_csv(accuracy)):
+        rules = ["anatomy"]
+    targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
+    config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
+    _snakemake(targets, paths.results(profile_name), cores, lock, config)
+
+
+def _has_pair(accuracy: pd.DataFrame) -> bool:
+    """Whether hybrid and another method are there to compare."""
+    methods = set(accuracy["pattern"]) - {"dense"}
+    return "hybrid" in methods and len(methods) > 1
+
+
+def write_tables(profile: Profile) -> None:
+    """Write ``accuracy.csv`` and ``ablations.csv`` from the records of a profile's networks.
+
+    Rows of networks that the profile asks for and that have no record here, of an earlier run elsewhere, stay.
+    """
+    dense = [profile.dense(dataset, seed) for seed in profile.seeds for dataset in profile.datasets]
+    sections = {
+        paths.accuracy_csv: dense + profile.asked("methods"),
+        paths.ablations_csv: profile.asked("ablations"),
+    }
+    runs = paths.runs(profile.name)
+    for path, asked in sections.items():
+        rows = [experiments.run(e, runs)["row"] for e in asked if experiments.is_done(e, runs)]
+        records.update(path(profile.name), pd.DataFrame(rows), [experiment.run_id for experiment in asked])
+
+
+def sweep(notebook: str, grid_file: Path, cores: int) -> None:
+    """Run a notebook once per point of a grid (YAML: parameter → list of values), in parallel; resume by asking again.
+
+    The executed notebooks land in ``results/sweeps/<notebook>-<grid>/``; if the notebook has a parameter ``table``, the
+    tables of all points are joined in a CSV file of that name, with one column ``sweep_<parameter>`` per parameter.
+    """
+    path = paths.notebook(notebook)
+    if not grid_file.is_file():
+        raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")
+    grid = yaml.safe_load(grid_file.read_text())
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"{grid_file} must map each parameter to a list of values, such as seed: [0, 1, 2]")
+    notebooks.check_parameters(path, grid)
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    folder = paths.results("sweeps") / f"{path.stem[:2]}-{grid_file.stem}"
+    has_table = "table" in notebooks.known_parameters(path)
+    jobs = {}
+    for point in points:
+        name = records.fingerprint(point)
+        jobs[name] = point | ({"table": str(folder / f"{name}.csv")} if has_table else {})
+    plan = folder / "plan.json"
+    write_atomically(plan, json.dumps({"notebook": str(path), "jobs": jobs}, indent=1))
+    print(f"{path.stem}: {len(points)} points of {grid_file}; {cores} cores")
+    outputs = [folder / f"{name}.ipynb" for name in jobs]
+
+    def finished() -> float:
+        return sum(path.exists() for path in outputs)
+
+    with _bar(len(outputs), finished, "notebook") as look, _only_run(folder, look) as lock:
+        _snakemake(["sweep"], folder, cores, lock, {"plan": str(plan)}, look)
+    if has_table:
+        tables = [
+            records.read_csv(folder / f"{name}.csv").assign(**{f"sweep_{k}": str(v) for k, v in point.items()})
+            for name, point in zip(jobs, points, strict=True)
+        ]
+        records.write_csv(folder.with_suffix(".csv"), pd.concat(tables, ignore_index=True))
+        print(f"numbers: {folder.with_suffix('.csv')}")
+    print(f"notebooks: {folder}")
+
+
+# --- Snakemake ------------------------------------------------------------------------------------------------------
+
+
+def _snakemake(
+    targets: list[str],
+    folder: Path,
+    cores: int,
+    lock: IO,
+    config: dict[str, object],
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Run Snakemake on `targets` with `folder`, whose `lock` is held, as its own; meanwhile call `look`.
+
+    Raises RuntimeError with the errors of the log.
+    """
+    log_path = folder / "snakemake.log"
+    command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(paths.ROOT / "Snakefile")]
+    command += ["--directory", str(folder), "--cores", str(cores)]
+    command += ["--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params", "input"]
+    if torch.cuda.is_available():
+        command += ["--resources", "gpu=1"]  # no two jobs on one GPU
+    command += ["--config", *(f"{key}={value}" for key, value in config.items())]
+    with log_path.open("w") as log:
+        if any((folder / ".snakemake" / "locks").glob("*")):
+            # Whoever holds our lock knows that a lock of Snakemake's own still lying there is a dead run's.
+            subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False)
+        # The child keeps the lock open: it stays held while the graph runs, even if this process is killed.
+        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        try:
+            while child.poll() is None:
+                look()
+                time.sleep(0.5)
+            look()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            child.wait()
+            raise
+    if child.returncode:
+        lines = log_path.read_text().splitlines()
+        errors = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
+        raise RuntimeError("\n".join(errors or [*lines[-15:], f"error: the graph failed, see {log_path}"]))
+
+
+@contextmanager
+def _only_run(folder: Path, look: Callable[[], None]) -> Iterator[IO]:
+    """Hold the lock of `folder`; while another run holds it, follow that one. A dead holder's lock is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("w") as lock:
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    tqdm.write("another run of this is going on: following it, then completing what it leaves")
+                told = True
+                look()
+                time.sleep(0.5)
+        yield lock
+
+
+# --- Progress -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _bar(total: float, done: Callable[[], float], unit: str) -> Iterator[Callable[[], None]]:
+    """A progress bar; the yielded function asks `done` how far things are and shows it."""
+    interval_s = 1 if sys.stderr.isatty() else 60
+    with tqdm(total=total, initial=done(), unit=unit, mininterval=interval_s, miniters=0, unit_scale=True) as bar:
+
+        def look() -> None:
+            bar.n = done()
+            bar.update(0)
+
+        yield look
+
+
+def _epochs_done(plan: list[Dense | Pruned], runs: Path) -> Callable[[], float]:
+    """A function that says how many epochs of a plan are trained, and tells of each network that got done meanwhile."""
+    waiting = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
+    finished = sum(map(experiments.epochs, plan)) - sum(map(experiments.epochs, waiting))
+
+    def done() -> float:
+        nonlocal finished
+        for experiment in [e for e in waiting if experiments.is_done(e, runs)]:
+            waiting.remove(experiment)
+            finished += experiments.epochs(experiment)
+            tqdm.write(_summary(experiments.run(experiment, runs)["row"]), file=sys.stderr)
+        return finished + sum(experiments.epochs_done(experiment, runs) for experiment in waiting)
+
+    return done
+
+
+def _summary(row: dict) -> str:
+    """One line on a network that is done."""
+    sparsity = f" at {100 * row['sparsity']:.1f} %" if row["pattern"] != "dense" else ""
+    return (
+        f"{row['dataset']}, seed {row['seed']}, {row['pattern']}{sparsity}: "
+        f"accuracy {row['accuracy_pct']:.2f} % in {row['wall_time_s']:.0f} s"
+    )
+
+
+def _profile(name: str) -> Profile:
+    """The profile of that name; without a name, the one that fits this machine."""
+    if not name:
+        usable = torch.cuda.is_available()
+        name = "paper" if usable else "quick"
+        print(f"PROFILE={name}, because {'a GPU is usable' if usable else 'no GPU is usable'} here")
+    return profiles.load(name)
+
+
+def main() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cores", type=int, default=cores, help="networks or notebooks side by side")
+    commands = parser.add_subparsers(dest="command", required=True)
+    reproducing = commands.add_parser("reproduce")
+    reproducing.add_argument("--profile", default="")
+    reproducing.add_argument("--budget", type=seconds, default=math.inf, help="such as 20m or 1h30m")
+    commands.add_parser("figures").add_argument("--profile", default="quick")
+    sweeping = commands.add_parser("sweep")
+    sweeping.add_argument("--notebook", required=True)
+    sweeping.add_argument("--grid", type=Path, required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        match arguments.command:
+            case "reproduce":
+                reproduce(_profile(arguments.profile), arguments.cores, arguments.budget)
+            case "figures":
+                figures(profiles.load(arguments.profile), arguments.cores)
+            case "sweep":
+                sweep(arguments.notebook, arguments.grid, arguments.cores)
+    except KeyboardInterrupt:
+        sys.exit("stopped; what is finished is kept: ask again to go on")
+    except RuntimeError as error:
+        sys.exit(str(error))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What is measured and how rows are made of it; no test looks at a duration."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reprolib.bench import latency, rivals, timing
+from reprolib.experiments import profiles, records
+from reprolib.files.deadline import OutOfTime
+from reprolib.patterns import gemm_view, parse
+from reprolib.sparse import cpu
+from reprolib.training.precision import usable
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """The quick profile's networks, one seed, one batch, two rounds."""
+    output = tmp_path_factory.mktemp("latency") / "latency.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "ROUNDS", 2)
+        patch.setattr(latency, "SEEDS", 1)
+        patch.setattr(latency, "BATCHES", {"cpu": (2,)})
+        latency.benchmark(profiles.load("quick"), "cpu", False, output)
+        yield records.read_csv(output)
+
+
+def contest(seed, calls):
+    """A contest of one dense rival and one of ours, which notes that it was prepared."""
+    name = {"scope": "network", "name": "net", "width": 1.0, "batch": 1, "seed": seed, "device": "cpu"}
+
+    def prepare():
+        calls.append(seed)
+        names = "dense", latency.SPARSE
+        return [timing.Contender(implementation, "fp32", lambda: None) for implementation in names]
+
+    return name, prepare
+
+
+def test_stopped_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(3)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: "abc")
+    output = tmp_path / "latency.csv"
+    with pytest.raises(OutOfTime, match=r"kept in .*latency\.csv\.\w+\.partial; ask again"):
+        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=1.5)
+    assert calls == [0, 1] and not output.exists()
+    latency.benchmark(profiles.load("quick"), "cpu", False, output)
+    assert calls == [0, 1, 2]
+    assert records.read_csv(output)["seed"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("commits", [("abc", "def"), ("abc+", "abc+")], ids=["another commit", "changed code"])
+def test_benchmark_of_other_code_starts_anew(commits, tmp_path, monkeypatch):
+    calls, output = [], tmp_path / "latency.csv"
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(2)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: commits[0])
+    with pytest.raises(OutOfTime):
+        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=0.5)
+    monkeypatch.setattr(latency.records, "commit", lambda: commits[1])
+    latency.benchmark(profiles.load("quick"), "cpu", False, output)
+    assert calls == [0, 0, 1]
+
+
+def test_other_contests_do_not_continue_these(tmp_path, monkeypatch):
+    calls, output = [], tmp_path / "latency.csv"
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(2)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: "abc")
+    with pytest.raises(OutOfTime):
+        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=0.5)
+    latency.benchmark(profiles.load("quick"), "cpu", True, output)
+    assert calls == [0, 0, 1]
+
+
+def test_distinct_masks_of_a_profile():
+    specs = latency.profile_specs(profiles.load("quick"))
+    methods = {method for method, _, _ in specs}
+    assert methods == {"unstructured", "block", "balanced", "vector", "hybrid"}, "controls share the masks of others"
+    assert len(specs) == len(set(specs)) == 5 * 2
+
+
+def test_one_row_per_implementation(table):
+    assert (table["kind"] == "measured").all() and (table["latency_us"] > 0).all()
+    assert not table.duplicated(["name", "batch", "seed", "spec", "target_sparsity", "implementation", "dtype"]).any()
+    dense = table[table["pattern"] == "dense"]
+    assert set(zip(dense["implementation"], dense["dtype"], strict=True)) == {
+        ("oneDNN, channels first", "fp32"),
+        ("oneDNN, channels last", "fp32"),
+        ("oneDNN, channels last", usable("bf16", "cpu")),  # no rival that the processor would emulate
+        (latency.SPARSE, "fp32"),
+    }
+    assert len(table) == len(dense) + 10
+
+
+def test_speedup_is_over_the_fastest_dense_of_the_same_type(table):
+    dense = table[table["implementation"].str.startswith("oneDNN") & (table["dtype"] == "fp32")]
+    assert dense["speedup"].max() == 1
+    best = dense["latency_us"].min()
+    assert (table["speedup"] * table["latency_us"]).tolist() == pytest.approx([best] * len(table))
+
+
+def test_achieved_sparsity_is_stored(table):
+    pruned = table[table["pattern"] != "dense"]
+    assert (pruned["sparsity"] - pruned["target_sparsity"]).abs().max() < 0.02
+    assert (table[table["pattern"] == "dense"]["sparsity"] == 0).all()
+
+
+def test_quartiles_enclose_the_median(table):
+    assert (table["latency_q1_us"] <= table["latency_us"]).all() and (
+        table["latency_us"] <= table["latency_q3_us"]
+    ).all()
+
+
+def test_contenders_of_a_layer_compute_the_same():
+    specs = tuple((label, spec, 0.5) for label, spec in latency.PATTERNS.items())
+    contenders = rivals.layer_contenders(64, 32, 4, 2, "cpu", specs)
+    outputs = [contender.call() for contender in contenders]
+    first, last = outputs[:2]
+    [no_zeros] = [c for c in contenders if (c.implementation, c.pattern) == (latency.SPARSE, "dense")]
+    torch.testing.assert_close(first, last, atol=1e-4, rtol=1e-4)
+    # The second call of the sparse layer at 0 % is that of the second input, as the second call of the dense one is.
+    dense, own = contenders[0].call(), cpu.from_layout(no_zeros.call()[:, :, 1:-1, 1:-1], 2)
+    torch.testing.assert_close(dense, own, atol=1e-4, rtol=1e-4)
+
+
+def test_unfolding_fits_the_gemm_view():
+    x, weight = torch.randn(2, 3, 5, 4, dtype=torch.double), torch.randn(6, 3, 3, 3, dtype=torch.double)
+    product = gemm_view(weight) @ rivals.unfolded_columns(x)
+    expected = F.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(product.reshape(6, 2, 5, 4).transpose(0, 1), expected)
+
+
+def test_survey_covers_all_patterns_and_shapes():
+    contests = [name for name, _ in latency._contests(profiles.load("laptop"), "cpu", survey=True)]
+    assert {(c["scope"], c["width"]) for c in contests} == {
+        ("network", 0.25),
+        ("network", 1.0),
+        ("layer", 1.0),
+        ("ceiling", 1.0),
+    }
+    layers = {(c["name"], c["batch"]) for c in contests if c["scope"] == "layer"}
+    assert len(layers) == len(latency.LAYERS) * len(latency.BATCHES["cpu"])
+    for spec, sparsity in itertools.product(latency.PATTERNS.values(), latency.SPARSITIES):
+        achieved = 1 - parse(spec).mask(torch.randn(256, 256, 3, 3), sparsity).float().mean().item()
+        assert achieved == pytest.approx(sparsity, abs=0.01), f"{spec} can't express {sparsity}"
+
+
+def test_survey_joins_the_networks_of_a_full_width_profile():
+    contests = latency._contests(profiles.load("paper"), "cpu", survey=True)
+    specs = next(prepare.args[-1] for _, prepare in contests)
+    timed = [(pattern, sparsity) for pattern, _, sparsity in specs]
+    assert len(timed) == len(set(timed)), "one name and sparsity, one mask"
+    assert {("two-four-block", 0.9), ("hybrid", 0.75), ("block", 0.98)} <= set(timed)
+    assert ("balanced", "Balanced(96)", 0.9) in specs and ("balanced", "Balanced(64)", 0.75) in specs
+
+
+def test_gpu_results_lie_below_the_name_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(latency.records, "hardware", lambda device: "NVIDIA H100 80GB HBM3")
+    profile = profiles.load("quick")
+    assert latency.folder(profile, "cuda").name == "h100"
+    assert latency.folder(profile, "cpu").name == "quick"
+
+
+def test_cuda_without_a_gpu_says_what_is_missing(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="CPU kernels"):
+        latency.benchmark(profiles.load("quick"), "cuda", False, tmp_path / "latency.csv")

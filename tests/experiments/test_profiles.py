@@ -1,0 +1,190 @@
+"""Profiles list the experiments of a reproduction, and a typo in one shows before anything is trained."""
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from reprolib.experiments import Dense, check_target, epochs, profiles
+from reprolib.files import paths
+from reprolib.models import vgg16
+from reprolib.patterns import parse
+from reprolib.pruning import make_masks, prunable, uniform_ratios
+from reprolib.training import Recipe
+
+SETTINGS = {
+    "purpose": "tests",
+    "threads": 1,
+    "datasets": ["digits", "cifar10"],
+    "width": 0.25,
+    "hidden": [8],
+    "seeds": [0, 1],
+    "recipe": {"epochs": 3, "lr": 0.05},
+    "retraining_epochs": 2,
+    "sparsities": [0.5, 0.75],
+    "methods": {"block": {"pattern": "Block(4, 4)"}, "hybrid": {"pattern": "Balanced(4) & Block(4, 4)", "seeds": [1]}},
+    "ablations": {
+        "small": {"pattern": "Block(2, 2)", "sparsities": [0.9], "seeds": [0], "datasets": ["cifar10"], "epochs": 1}
+    },
+}
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads SETTINGS, with changes, as the profile ``mine``; None drops a key."""
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+
+    def write_and_load(**changes):
+        settings = {key: value for key, value in (SETTINGS | changes).items() if value is not None}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        return profiles.load("mine")
+
+    return write_and_load
+
+
+def test_profile_builds_the_experiments_of_a_method(load):
+    profile = load()
+    half, three_quarters = profile.pruned("block", "digits", 1)
+    assert (half.sparsity, three_quarters.sparsity) == (0.5, 0.75)
+    assert half.dense == three_quarters.dense == profile.dense("digits", 1)
+    assert (half.dense.dataset, half.dense.seed, half.dense.width, half.dense.hidden) == ("digits", 1, 0.25, (8,))
+    assert half.dense.recipe == Recipe(epochs=3, lr=0.05)
+    assert (half.pattern, half.epochs) == ("Block(4, 4)", 2)
+
+
+def test_method_may_restrict_sparsities_seeds_and_data_sets_and_set_fields(load):
+    profile = load()
+    [only] = profile.pruned("small", "cifar10", 0)
+    assert (only.sparsity, only.epochs) == (0.9, 1)
+    assert profile.pruned("small", "digits", 0) == profile.pruned("small", "cifar10", 1) == []
+
+
+def test_plan_puts_what_tells_most_first(load):
+    """Of each seed: dense, then what decides claims, then the rest, then ablations."""
+    methods = {"vector": {"pattern": "Vector(4)"}, "block": {"pattern": "Block(4, 4)", "sparsities": [0.5, 0.95]}}
+    plan = load(sparsities=[0.9, 0.5], methods=methods).plan()
+    short = [
+        f"{e.dataset} {e.seed}" if isinstance(e, Dense) else f"{e.dense.dataset} {e.dense.seed} {e.method} {e.sparsity}"
+        for e in plan
+    ]
+    assert short == [
+        "digits 0",
+        "cifar10 0",
+        "digits 0 block 0.95",
+        "cifar10 0 block 0.95",
+        "digits 0 vector 0.9",
+        "cifar10 0 vector 0.9",
+        "digits 0 vector 0.5",
+        "digits 0 block 0.5",
+        "cifar10 0 vector 0.5",
+        "cifar10 0 block 0.5",
+        "cifar10 0 block 0.9",  # the ablation
+        "digits 1",
+        "cifar10 1",
+        "digits 1 block 0.95",
+        "cifar10 1 block 0.95",
+        "digits 1 vector 0.9",
+        "cifar10 1 vector 0.9",
+        "digits 1 vector 0.5",
+        "digits 1 block 0.5",
+        "cifar10 1 vector 0.5",
+        "cifar10 1 block 0.5",
+    ]
+
+
+def test_plan_names_an_experiment_once(load):
+    twice = load(ablations={"same": {"pattern": "Block(4, 4)", "sparsities": [0.5]}}).plan()
+    assert len(twice) == len(set(twice)) == len(load(ablations={}).plan())
+
+
+def test_dry_run_has_the_networks_of_its_profile_with_six_steps_each(load):
+    profile = load()
+    dry = profiles.load("mine-dry-run")
+    assert dry == profiles.dry_run(profile) and dry.name == "mine-dry-run"
+    assert [(e.pattern, e.sparsity) for e in dry.asked("methods")] == [
+        (e.pattern, e.sparsity) for e in profile.asked("methods")
+    ]
+    for experiment in dry.plan():
+        dense = experiment if isinstance(experiment, Dense) else experiment.dense
+        assert epochs(experiment) == 3 and dense.images == 2 * dense.recipe.batch_size
+    assert not {e.run_id for e in dry.plan()} & {e.run_id for e in profile.plan()}
+
+
+def test_dry_run_takes_two_seeds_so_that_claims_get_intervals(load):
+    load(seeds=[3, 4, 5])
+    assert {e.seed for e in profiles.load("mine-dry-run").plan() if isinstance(e, Dense)} == {3, 4}
+
+
+def test_coverage_counts_what_is_trained_and_estimates_the_rest(load):
+    profile = load(datasets=["digits"], ablations={})
+    done = [profile.dense("digits", 0), *profile.pruned("block", "digits", 0)]
+    rows = [{"run_id": e.run_id, "dataset": "digits", "epochs": epochs(e), "wall_time_s": 3600.0} for e in done]
+    table = profiles.coverage(profile, pd.DataFrame(rows))
+    assert table.index.tolist() == [("digits", "dense"), ("digits", "block"), ("digits", "hybrid")]
+    assert table["asked"].tolist() == [2, 4, 2] and table["trained"].tolist() == [1, 2, 0]
+    assert table["missing"].tolist() == ["seed 1", "seed 1: 50, 75 %", "seed 1: 50, 75 %"]
+    # Three hours for 3 + 2 * 2 epochs; 3, 4 and 4 epochs are missing.
+    assert table["hours_left"].tolist() == pytest.approx([9 / 7, 12 / 7, 12 / 7])
+
+
+def test_coverage_keeps_the_rows_of_a_data_set_together(load):
+    profile = load(datasets=["digits", "cifar10"], ablations={})
+    empty = pd.DataFrame(columns=["run_id", "dataset", "epochs", "wall_time_s"])
+    assert profiles.coverage(profile, empty).index.tolist() == [
+        (dataset, method) for dataset in ("digits", "cifar10") for method in ("dense", "block", "hybrid")
+    ]
+
+
+def test_unknown_profile_is_refused_with_the_choice(load):
+    load()
+    with pytest.raises(ValueError, match="unknown profile 'huge': known are mine"):
+        profiles.load("huge")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.1}, "profiles/mine.yaml: these keys are missing or unknown: learning_rate"),
+        ({"width": None, "seeds": None}, "missing or unknown: seeds, width"),
+        ({"methods": {"block": {"pattern": "Block(4, 4)", "epoch": 3}}}, "profile mine.*no field epoch$"),
+        ({"methods": {"block": {"pattern": "Blok(4, 4)"}}}, "unknown pattern 'Blok'"),
+        ({"methods": {"block": {"pattern": "Block(4, 4)", "schedule": "slow"}}}, "schedule 'slow' is unknown"),
+        ({"datasets": ["mnist"]}, "unknown data set 'mnist'"),
+        ({"methods": {"block": {}}}, "profiles/mine.yaml: .*pattern"),
+        ({"methods": {"block": {"pattern": "Block(4, 4)", "sparsity": [0.5]}}}, "profiles/mine.yaml: .*sparsity"),
+        ({"methods": {"block": None}}, "profiles/mine.yaml: "),
+        ({"recipe": {"epoch": 1}}, "profiles/mine.yaml: .*epoch"),
+        ({"recipe": {"epochs": 0}}, "epochs must be a whole number"),
+    ],
+)
+def test_typo_in_a_profile_shows_on_loading(load, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(**changes)
+
+
+def test_unknown_method_is_refused_with_the_choice(load):
+    with pytest.raises(ValueError, match="unknown method 'blok' in profile mine: known are block, hybrid, small"):
+        load().pruned("blok", "digits", 0)
+
+
+# --- The profiles that come with the project --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed(name):
+    profile = profiles.load(name)
+    experiments = profile.asked("methods") + profile.asked("ablations")
+    assert len({e.run_id for e in experiments}) >= len(profile.methods) * len(profile.seeds)
+    assert len({e.dense for e in experiments}) == len(profile.seeds) * len(profile.datasets)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
+    profile = profiles.load(name)
+    torch.manual_seed(0)
+    layers = prunable(vgg16(10, profile.width, tuple(profile.hidden)))
+    shapes = {weight.shape: weight for weight in layers.values()}  # equal shapes keep equally many
+    asked = {(e.pattern, e.sparsity) for e in profile.asked("methods") + profile.asked("ablations")}
+    for pattern, sparsity in sorted(asked):
+        masks = make_masks(shapes, parse(pattern), uniform_ratios(shapes, sparsity))
+        check_target(parse(pattern), sparsity, {name: masks[weight.shape] for name, weight in layers.items()})

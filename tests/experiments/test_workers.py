@@ -1,0 +1,107 @@
+"""Worker processes train a plan: dense networks first, errors do not stop the others, and a deadline does."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reprolib import experiments, training
+from reprolib.experiments import Dense, Pruned, workers
+from reprolib.training import Recipe
+
+DENSE = Dense("digits", Recipe(epochs=1, batch_size=32), width=0.0625, images=64)
+PRUNED = Pruned(DENSE, "Block(2, 2)", 0.5, epochs=1)
+
+
+def train(plan, folder, **options):
+    return workers.train(plan, folder, **{"workers": 2, "threads": 1} | options)
+
+
+class Deadly(Dense):
+    """Ends the process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_plan_is_trained_once_and_what_fails_is_named(tmp_path):
+    impossible = Pruned(DENSE, "Balanced(4)", 0.98, epochs=1)
+    other = Dense("digits", DENSE.recipe, DENSE.width, seed=1, images=64)
+    looks = []
+    plan = [DENSE, PRUNED, impossible, other]
+    [error] = train(plan, tmp_path / "runs", look=lambda: looks.append(1))
+    assert error.startswith("digits, seed 0, balanced at 98 %: Balanced(4) reaches 75.00 % sparsity")
+    assert [experiments.is_done(experiment, tmp_path / "runs") for experiment in plan] == [True, True, False, True]
+    assert looks
+    assert "digits, seed 1, dense: 100%" in (tmp_path / "training.log").read_text()
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    assert len(train(plan, tmp_path / "runs")) == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")} == written
+
+
+def test_process_that_dies_is_reported_and_the_others_go_on(tmp_path):
+    deadly = Deadly("digits", DENSE.recipe, DENSE.width, seed=9)
+    [error] = train([deadly, DENSE], tmp_path / "runs")
+    assert error.startswith("digits, seed 9, dense: its process died (see ")
+    assert experiments.is_done(DENSE, tmp_path / "runs")
+
+
+def test_a_dead_process_is_replaced(tmp_path):
+    deadly = [Deadly("digits", DENSE.recipe, DENSE.width, seed=seed) for seed in (8, 9)]
+    errors = train([*deadly, DENSE], tmp_path / "runs", workers=1)
+    assert len(errors) == 2 and experiments.is_done(DENSE, tmp_path / "runs")
+
+
+class Faulty(Dense):
+    """Fails in a way that nobody foresees, in the process that trains it."""
+
+    def __reduce__(self):
+        return Faulty, (self.dataset, self.recipe, self.width, (), self.seed), {"recipe": None}
+
+
+def test_unforeseen_error_is_named_and_the_plan_goes_on(tmp_path):
+    faulty = Faulty("digits", DENSE.recipe, DENSE.width, seed=7)
+    [error] = train([faulty, DENSE], tmp_path / "runs", workers=1)
+    assert "AttributeError" in error
+    assert "training.log" in error and experiments.is_done(DENSE, tmp_path / "runs")
+
+
+ORPHAN = """
+import os, pathlib, sys
+from reprolib.experiments import workers
+from reprolib.experiments import Dense
+from reprolib.training import Recipe
+
+if __name__ == "__main__":
+    folder = pathlib.Path(sys.argv[1])
+    endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    workers._start(1, folder / "training.log").pipe.send((endless, folder, float("inf")))
+    os._exit(9)  # killed before the worker has loaded anything
+"""
+
+
+def test_worker_ends_with_who_started_it_even_if_that_one_is_gone_before_it_looks(tmp_path):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    # The worker inherits the pipe of the output: reading ends when the worker does.
+    done = subprocess.run([sys.executable, script, tmp_path], stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == 9
+
+
+def test_deadline_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    started = time.time()
+    assert train([endless, PRUNED], tmp_path, workers=1, deadline=started + 12) == []
+    assert 12 <= time.time() - started < 12 + workers.GRACE_S
+    stands = training.position(tmp_path / endless.run_id / experiments.CHECKPOINT)
+    assert 0 < stands.progress < 1 and 0 < stands.wall_time_s < 12
+    assert experiments.epochs_done(endless, tmp_path) == pytest.approx(10**6 * stands.progress)
+    assert not experiments.is_done(endless, tmp_path) and not experiments.is_done(DENSE, tmp_path)
+
+
+def test_nothing_starts_behind_the_deadline(tmp_path):
+    assert train([DENSE], tmp_path, deadline=time.time() - 1) == []
+    assert not list(tmp_path.rglob("*.safetensors"))

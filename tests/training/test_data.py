@@ -1,0 +1,208 @@
+"""Data sets are split, checked, normalised and augmented as they should be; nothing here downloads."""
+
+import hashlib
+import math
+import pickle
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from reprolib.files import paths
+from reprolib.training import data
+
+CIFAR_FILES = ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))]
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_have_three_splits(digits):
+    # 1,797 scans: every fifth is for testing, a tenth of the others for validation.
+    assert [len(split) for split in (digits.train, digits.validation, digits.test)] == [1295, 143, 359]
+    assert digits.classes == tuple("0123456789")
+    for split in (digits.train, digits.validation, digits.test):
+        assert split.images.shape == (len(split), 32, 32, 3) and split.images.dtype == torch.uint8
+        assert split.labels.unique().tolist() == list(range(10)) and split.labels.dtype == torch.int64
+
+
+def test_splits_hold_every_scan_once(digits):
+    from sklearn.datasets import load_digits
+
+    expected = Counter(load_digits().target.tolist())
+    splits = (digits.train, digits.validation, digits.test)
+    assert Counter(label for split in splits for label in split.labels.tolist()) == expected
+    distinct = {image.numpy().tobytes() for split in splits for image in split.images}
+    assert len(distinct) > 0.99 * sum(expected.values())  # a split drawn twice would lose a tenth
+
+
+def test_statistics_are_those_of_the_training_split(digits):
+    values = digits.train.images.double().flatten(0, 2) / 255
+    assert digits.mean == pytest.approx(values.mean(dim=0).tolist())
+    assert digits.std == pytest.approx(values.std(dim=0, correction=0).tolist())
+
+
+def test_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match="unknown data set 'mnist': known are digits, cifar10, cifar100"):
+        data.load("mnist")
+
+
+@pytest.fixture
+def cifar_folder(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in CIFAR_FILES:
+        (folder / name).write_bytes(b"no batch")
+    return folder
+
+
+def test_damaged_file_is_named_with_its_md5(cifar_folder):
+    with pytest.raises(ValueError, match=f"data_batch_1 is damaged .*md5.* delete {cifar_folder} and get it again"):
+        data.load("cifar10", cifar_folder.parent)
+
+
+def test_missing_file_is_named(cifar_folder):
+    (cifar_folder / "data_batch_1").unlink()
+    with pytest.raises(ValueError, match=f"incomplete: .*data_batch_1 is missing; delete {cifar_folder}"):
+        data.load("cifar10", cifar_folder.parent)
+
+
+def test_wrong_number_of_images_is_refused(cifar_folder, monkeypatch):
+    """Files that are sound in themselves, of another data set or a shortened one."""
+
+    def write(name, content):
+        (cifar_folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((cifar_folder / name).read_bytes()).hexdigest()
+
+    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+    source = torchvision.datasets.CIFAR10
+    meta = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
+    monkeypatch.setattr(source, "meta", source.meta | {"filename": meta[0], "md5": meta[1]})
+    monkeypatch.setattr(source, "train_list", [write(f"data_batch_{i}", batch) for i in range(1, 6)])
+    monkeypatch.setattr(source, "test_list", [write("test_batch", batch)])
+    with pytest.raises(ValueError, match=r"\(10, 10, 2\) where cifar10 has \(10, 50000, 10000\)"):
+        data.load("cifar10", cifar_folder.parent)
+
+
+def test_failing_download_says_what_to_do(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
+    with pytest.raises(FileNotFoundError, match=r"no route to host.*set REPROLIB_DATA.*PROFILE=quick needs no data"):
+        data.load("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "classes"), [("cifar10", "cifar-10-batches-py", 10), ("cifar100", "cifar-100-python", 100)]
+)
+def test_cifar_has_its_splits_and_fine_labels(name, folder, classes):
+    if not (paths.data() / folder).exists():
+        pytest.skip(f"{folder} is not there")
+    cifar = data.load.__wrapped__(name)  # not kept in memory for the tests that follow
+    assert [len(split) for split in (cifar.train, cifar.validation, cifar.test)] == [45_000, 5_000, 10_000]
+    assert len(cifar.classes) == len(cifar.train.labels.unique()) == classes
+    assert cifar.test.labels.bincount().tolist() == [10_000 // classes] * classes
+    assert cifar.flip and cifar.pad == 4
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_normalised_by_hand(digits):
+    dataset = replace(digits, mean=(0.5, 0.0, 1.0), std=(0.25, 1.0, 0.5))
+    images = torch.tensor([255, 51, 0], dtype=torch.uint8).expand(2, 32, 32, 3)
+    batch = data.normalised(images, dataset)
+    assert batch.dtype == torch.float32 and batch.shape == (2, 3, 32, 32)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batch[1, :, 3, 5], torch.tensor([2.0, 0.2, -2.0]))
+
+
+def test_normalised_training_split_has_zero_mean_and_unit_variance(digits):
+    batch = data.normalised(digits.train.images, digits)
+    torch.testing.assert_close(batch.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch.var(dim=(0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def moved(image, down, right, mirror):
+    """An image ``[size, size, 3]`` as nested lists, mirrored if asked, then moved pixel by pixel; zeros come in."""
+    size = len(image)
+    result = [[[0, 0, 0] for _ in range(size)] for _ in range(size)]
+    for y in range(size):
+        for x in range(size):
+            if 0 <= y + down < size and 0 <= x + right < size:
+                result[y + down][x + right] = image[y][size - 1 - x] if mirror else image[y][x]
+    return result
+
+
+def moves_found(dataset, count, seed=0):
+    """For each of `count` random images: the one (down, right, mirror) that makes its augmented form."""
+    images = torch.randint(1, 256, (count, 5, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+    draws = data.draw_augmentations(count, dataset, torch.Generator().manual_seed(seed))
+    result = data.augmented(images, draws, dataset)
+    assert result.dtype == torch.uint8 and result.shape == images.shape
+    reach = range(-dataset.pad - 1, dataset.pad + 2)
+    found = []
+    for image, changed in zip(images.tolist(), result.tolist(), strict=True):
+        candidates = [(down, right, mirror) for down in reach for right in reach for mirror in (False, True)]
+        [move] = [candidate for candidate in candidates if moved(image, *candidate) == changed]
+        found.append(move)
+    return found
+
+
+def test_each_image_is_shifted_and_mirrored_on_its_own(digits):
+    found = Counter(moves_found(replace(digits, flip=True, pad=1), 400))
+    # Nine shifts, mirrored or not, and nothing beyond; each about 400 / 18 = 22 times.
+    assert set(found) == {(d, r, m) for d in (-1, 0, 1) for r in (-1, 0, 1) for m in (False, True)}
+    assert min(found.values()) > 5 and max(found.values()) < 45
+
+
+def test_images_whose_mirror_is_another_class_are_never_mirrored(digits):
+    assert not digits.flip
+    assert not any(mirror for _, _, mirror in moves_found(replace(digits, pad=1), 50))
+
+
+def test_draws_say_how_an_image_moves(digits):
+    """With pad 1: first down or up, then right or left, then the mirror."""
+    image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
+    dataset = replace(digits, flip=True, pad=1)
+    for draw, move in {
+        (1, 1, 0): (0, 0, False),
+        (0, 1, 0): (1, 0, False),
+        (1, 2, 0): (0, -1, False),
+        (2, 0, 1): (-1, -1, True),  # the mirror turns the shift round
+    }.items():
+        [result] = data.augmented(image, torch.tensor([draw]), dataset).tolist()
+        assert result == moved(image[0].tolist(), *move)
+
+
+def test_first_images_of_each_split(digits):
+    few = digits.first(300)
+    assert (len(few.train), len(few.validation), len(few.test)) == (300, 143, 300)
+    assert torch.equal(few.test.images, digits.test.images[:300])
+    assert torch.equal(few.test.labels, digits.test.labels[:300])
+
+
+def test_augmentation_follows_from_the_generator_alone(digits):
+    images = digits.train.images[:16]
+    before = images.clone()
+
+    def draw(seed):
+        return data.augmented(images, data.draw_augmentations(16, digits, torch.Generator().manual_seed(seed)), digits)
+
+    first = draw(1)
+    torch.rand(3)
+    assert torch.equal(draw(1), first)
+    assert not torch.equal(draw(2), first)
+    assert torch.equal(images, before)
+
+
+def test_split_sizes_do_not_depend_on_a_seed(digits):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    again = data.load.__wrapped__("digits")
+    assert torch.equal(again.validation.images, digits.validation.images)
+    assert math.isclose(again.mean[0], digits.mean[0], abs_tol=0)

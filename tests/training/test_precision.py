@@ -1,0 +1,41 @@
+"""Which number type a device trains in."""
+
+import pytest
+import torch
+
+from reprolib.training import precision
+from reprolib.training.precision import autocast, usable
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Pretend that this processor has bf16 instructions, or that it has none."""
+
+    def pretend(has_bf16):
+        precision._multiplies_bf16.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16})
+
+    yield pretend
+    precision._multiplies_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_used_where_the_processor_multiplies_it(processor, has_bf16, expected):
+    processor(has_bf16)
+    assert usable("bf16", "cpu") == expected
+    assert usable("fp32", "cpu") == "fp32"
+    with autocast("bf16", "cpu"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == precision.PRECISIONS[expected]
+
+
+def test_processor_that_tells_nothing_trains_in_fp32(monkeypatch, processor):
+    processor(False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert usable("bf16", "cpu") == "fp32"
+
+
+def test_gpu_that_would_emulate_bf16_trains_in_fp32(monkeypatch, processor):
+    processor(True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert usable("bf16", "cuda") == "fp32"

@@ -1,0 +1,236 @@
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+
+from reprolib import experiments
+from reprolib.experiments import profiles, records
+from reprolib.files import paths
+from reprolib.files.deadline import seconds
+from reprolib.workflow import graph
+
+
+def make(*arguments, **environment):
+    """What the Makefile calls."""
+    return subprocess.run(
+        [sys.executable, "-m", "reprolib.workflow.graph", "--cores", "2", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture
+def notebook(tmp_path, write_notebook):
+    """A notebook with two parameters that writes its table and fails for n = 13."""
+    return write_notebook(
+        tmp_path / "50_product.ipynb",
+        'n: int = 1  # number\nk: int = 1  # factor\ntable: str = ""  # result',
+        'if n == 13:\n    raise ValueError("unlucky number")',
+        'if table:\n    open(table, "w").write(f"product\\n{n * k}\\n")',
+    )
+
+
+def write_grid(folder, **grid):
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    return folder / "grid.yaml"
+
+
+def test_sweep_runs_every_point_once_and_joins_the_tables(notebook, tmp_path):
+    grid = write_grid(tmp_path, n=[2, 3], k=[5, 7])
+    done = make("sweep", "--notebook", notebook, "--grid", grid, REPROLIB_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "results" / "sweeps" / "50-grid.csv")
+    assert table["product"].to_list() == [10, 14, 15, 21]
+    assert table["sweep_n"].to_list() == [2, 2, 3, 3] and table["sweep_k"].to_list() == [5, 7, 5, 7]
+
+    executed = {path: path.stat().st_mtime_ns for path in (tmp_path / "results/sweeps/50-grid").glob("*.ipynb")}
+    assert len(executed) == 4
+    write_grid(tmp_path, n=[2, 3, 4], k=[5, 7])
+    assert make("sweep", "--notebook", notebook, "--grid", grid, REPROLIB_HOME=str(tmp_path)).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in executed} == executed, "what was done is not run again"
+    assert len(pd.read_csv(tmp_path / "results" / "sweeps" / "50-grid.csv")) == 6
+
+
+def test_failing_point_is_reported_and_the_others_are_kept(notebook, tmp_path):
+    grid = write_grid(tmp_path, n=[12, 13])
+    done = make("sweep", "--notebook", notebook, "--grid", grid, REPROLIB_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert "ValueError: unlucky number" in done.stderr
+    folder = tmp_path / "results" / "sweeps" / "50-grid"
+    assert [
+        json.loads((folder / "plan.json").read_text())["jobs"][path.stem]["n"] for path in folder.glob("*.csv")
+    ] == [12]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"m": [1]}, "error: 50_product has no parameter m: it knows n, k, table"),
+        ({"n": 1}, "must map each parameter to a list of values"),
+    ],
+)
+def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path):
+    done = make("sweep", "--notebook", notebook, "--grid", write_grid(tmp_path, **grid), REPROLIB_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["reproduce", "--profile", "huge"],
+            "error: unknown profile 'huge': known are evening, laptop, laptop-cifar100, paper, quick",
+        ),
+        (["figures", "--profile", "quick"], "error: no results in "),
+        (["sweep", "--notebook", "02", "--grid", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_call_gets_one_clear_line(arguments, message, tmp_path):
+    done = make(*arguments, REPROLIB_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = make("reproduce", "--profile", "quick", REPROLIB_HOME=str(tmp_path / "file"))
+    assert done.returncode == 1 and str(tmp_path / "file") in done.stderr
+
+
+@pytest.mark.parametrize("profile", profiles.names())
+def test_graph_of_every_profile_can_be_planned(profile, tmp_path):
+    for table in (paths.accuracy_csv, paths.ablations_csv):
+        path = tmp_path / table(profile).relative_to(paths.home())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    command = [sys.executable, "-m", "snakemake", "all", "--dry-run", "--snakefile", paths.ROOT / "Snakefile"]
+    command += ["--directory", tmp_path, "--config", f"profile={profile}"]
+    environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
+    planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+
+
+# --- Reproducing ------------------------------------------------------------------------------------------------------
+
+
+def test_budget_trains_draws_and_goes_on(tmp_path):
+    """A dry run of the quick profile, in two parts: rows of the first part stay, whatever becomes of its folders."""
+
+    def reproduce():
+        return make("reproduce", "--profile", "quick-dry-run", "--budget", "4m", REPROLIB_HOME=str(tmp_path))
+
+    results, drawn = tmp_path / "results" / "quick-dry-run", tmp_path / "figures" / "quick-dry-run"
+    plan = profiles.load("quick-dry-run").plan()
+    done = reproduce()
+    assert done.returncode == 0, done.stderr
+    accuracy = pd.read_csv(results / "accuracy.csv")
+    assert len(accuracy) + len(pd.read_csv(results / "ablations.csv")) >= len(plan)
+    assert (drawn / "accuracy_vs_sparsity.svg").exists()
+    assert not (drawn / "latency_vs_sparsity.svg").exists() and not (drawn / "roofline.svg").exists()
+    claims = pd.read_csv(results / "claims.csv").set_index("claim")
+    assert claims.loc[4, "verdict"] == "no data" and "make bench" in claims.loc[4, "remark"]
+
+    shutil.rmtree(results / "runs" / plan[-1].run_id)
+    shutil.rmtree(results / "runs" / accuracy["run_id"][0])
+    assert reproduce().returncode == 0
+    assert len(pd.read_csv(results / "accuracy.csv")) == len(accuracy)
+    assert all(experiments.is_done(experiment, results / "runs") for experiment in plan)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])
+def test_budget_is_a_time(text, expected):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("20", "'20' is not understood: write 90s, 20m or 1h30m"), ("2m", "a budget of 120 s is too short")],
+)
+def test_wrong_budget_is_refused(budget, message, tmp_path):
+    done = make("reproduce", "--profile", "quick", "--budget", budget, REPROLIB_HOME=str(tmp_path))
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_tables_hold_what_has_a_record_and_keep_earlier_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    profile = profiles.load("quick-dry-run")
+    dense, pruned = profile.plan()[0], profile.asked("methods")[0]
+    graph.write_tables(profile)
+    assert not paths.accuracy_csv(profile.name).exists()
+    experiments.run(dense, paths.runs(profile.name))
+    graph.write_tables(profile)
+    shutil.rmtree(paths.runs(profile.name) / dense.run_id)
+    experiments.run(pruned, paths.runs(profile.name))
+    shutil.rmtree(paths.runs(profile.name) / dense.run_id)
+    graph.write_tables(profile)
+    assert records.read_csv(paths.accuracy_csv(profile.name))["run_id"].tolist() == [dense.run_id, pruned.run_id]
+    assert not paths.ablations_csv(profile.name).exists()
+
+
+def test_only_what_the_tables_allow_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(
+        graph, "_snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
+    )
+
+    def add(table, *patterns):
+        rows = [{"run_id": pattern, "pattern": pattern} for pattern in patterns]
+        records.write_csv(table("quick"), pd.DataFrame(rows))
+        graph.draw("quick", 1, None)
+        targets, config = asked[-1]
+        return targets[: targets.index("--forcerun")], config["latency"]
+
+    assert add(paths.accuracy_csv, "dense", "hybrid") == (["anatomy"], False)  # nothing to compare yet
+    drawn = ["anatomy", "accuracy_figure", "claims"]
+    assert add(paths.accuracy_csv, "dense", "hybrid", "block") == (drawn, False)
+    drawn[2:2] = ["kernel_figures", "latency_figure"]
+    assert add(paths.latency_csv, "dense") == (drawn, True)
+
+
+def test_progress_counts_epochs_and_tells_of_networks_that_got_done(tmp_path, capsys):
+    profile = profiles.load("quick-dry-run")
+    plan = profile.plan()[:1] + profile.asked("methods")[:1]
+    done = graph._epochs_done(plan, tmp_path)
+    assert done() == 0
+    experiments.run(plan[1], tmp_path)  # and the dense one before it
+    assert done() == 6
+    told = capsys.readouterr().err
+    assert "digits, seed 0, dense: accuracy" in told and "digits, seed 0, unstructured at 75.0 %: accuracy" in told
+    assert graph._epochs_done(plan, tmp_path)() == 6
+    assert "unstructured" not in capsys.readouterr().err  # known before
+
+
+def test_a_second_run_follows_the_first_and_then_gets_the_lock(tmp_path):
+    looks = []
+    with (tmp_path / "run.lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+
+        def look():
+            looks.append(1)
+            if len(looks) == 2:
+                fcntl.flock(first, fcntl.LOCK_UN)
+
+        with graph._only_run(tmp_path, look) as second:
+            assert len(looks) == 2
+            with (tmp_path / "run.lock").open("w") as third, pytest.raises(BlockingIOError):
+                fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert second.closed
+
+
+def test_profile_follows_the_hardware(monkeypatch, capsys):
+    chosen = []
+    for usable in (False, True):
+        monkeypatch.setattr(graph.torch.cuda, "is_available", lambda usable=usable: usable)
+        chosen.append(graph._profile("").name)
+    assert chosen == ["quick", "paper"]
+    assert "PROFILE=quick, because no GPU is usable here" in capsys.readouterr().out

@@ -1,0 +1,163 @@
+"""Every notebook, as a reader runs it: all cells, on the defaults."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+
+from reprolib.experiments import profiles, records
+from reprolib.files import paths
+from reprolib.workflow import notebooks
+
+ALL = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder for results and figures that holds the committed tables."""
+    folder = tmp_path_factory.mktemp("home")
+    for table in paths.ROOT.glob("results/laptop/*.csv"):
+        target = folder / "results" / "laptop" / table.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(table, target)
+    before = os.environ.get("REPROLIB_HOME")
+    os.environ["REPROLIB_HOME"] = str(folder)
+    yield folder
+    os.environ.pop("REPROLIB_HOME") if before is None else os.environ.update(REPROLIB_HOME=before)
+
+
+FILES = {
+    "00": ["figures/quick/mask_anatomy.svg", "figures/quick/mask_anatomy.png"],
+    "01": [],
+    "02": [],
+    "03": ["figures/laptop/accuracy_vs_sparsity.svg", "figures/laptop/accuracy.md", "figures/laptop/accuracy.tex"],
+    "04": [f"figures/laptop/{name}.svg" for name in ("bank_block", "variations", "retraining_budget")],
+    "05": [
+        "figures/laptop/roofline.svg",
+        "figures/laptop/latency_vs_sparsity.svg",
+        "figures/laptop/latency.md",
+        "figures/laptop/latency.tex",
+    ],
+    "06": ["figures/laptop/accuracy_vs_latency.svg"],
+    "07": ["figures/laptop/claims.svg", "figures/laptop/claims.md", "results/laptop/claims.csv"],
+}
+
+
+@pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
+def test_runs_on_its_defaults(notebook, home, tmp_path):
+    notebooks.run(notebook, tmp_path / "out.ipynb", {})
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert "Traceback" not in (tmp_path / "out.ipynb").read_text(), "not even inside a widget"
+    for name in FILES[notebook.stem[:2]]:
+        assert (home / name).stat().st_size > 0
+
+
+def show(notebook):
+    """Run the code of a notebook in this process, and render what its cells would show."""
+    names = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            body = ast.parse(cell.source).body
+            last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), notebook.stem, "exec"), names)
+            value = last and eval(compile(ast.Expression(last.value), notebook.stem, "eval"), names)
+            getattr(value, "_repr_html_", lambda: None)()
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("trained", [4, 8])
+def test_tables_of_an_unfinished_run_can_be_drawn(trained, tmp_path, monkeypatch):
+    """The first networks of the plan; and a data set of which only the dense network is there."""
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    matplotlib.use("agg")
+    done = [experiment.run_id for experiment in profiles.load("laptop").plan()[:trained]]
+    accuracy = records.read_csv(paths.ROOT / "results" / "laptop" / "accuracy.csv")
+    accuracy = accuracy[accuracy["run_id"].isin(done)]
+    dense = accuracy[accuracy["pattern"] == "dense"].assign(dataset="cifar100", run_id="another")
+    assert len(accuracy) == trained and len(dense) == 1
+    records.write_csv(paths.accuracy_csv("laptop"), pd.concat([dense, accuracy]))
+    for number in ("03", "07"):
+        show(paths.notebook(number))
+    assert (paths.figures("laptop") / "accuracy_vs_sparsity.svg").exists()
+    assert set(records.read_csv(paths.claims_csv("laptop"))["verdict"]) <= {"undecided", "no data", "for orientation"}
+
+
+@pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
+def test_has_the_form_of_the_house(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert 15 <= len(cells) <= 36
+    assert cells[0].source.startswith("# ") and "**Runtime.**" in cells[0].source
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert "parameters" in code[0].metadata.get("tags", [])
+    assert all("#" in line for line in code[0].source.splitlines()), "each parameter has a comment"
+    assert not any(cell.outputs for cell in code)
+    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+    assert any("## Try this" in cell.source for cell in cells)
+
+
+def test_unknown_parameter_is_an_error_that_names_the_known_ones(tmp_path, write_notebook):
+    notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first\nbeta: int = 2  # second")
+    with pytest.raises(ValueError, match="no parameter gamma: it knows alpha, beta"):
+        notebooks.run(notebook, tmp_path / "out.ipynb", {"gamma": 3})
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_failed_notebook_leaves_no_output_but_a_failed_copy(tmp_path, write_notebook):
+    notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first", "1 / (alpha - 1)")
+    with pytest.raises(papermill.PapermillExecutionError):
+        notebooks.run(notebook, tmp_path / "out" / "n.ipynb", {})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["n.failed.ipynb"]
+
+
+def command_line(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "reprolib.workflow.notebooks", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"sparsities": [1.5]}, "error: out: ValueError: sparsity must lie in [0, 1), not 1.5"),
+        ({"pattern": "Blok(4, 4)"}, "error: out: ValueError: unknown pattern 'Blok'"),
+        ({"sparsity": 0.5}, "error: 02_prune_and_retrain has no parameter sparsity: it knows profile, dataset"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(parameters, message, home, tmp_path):
+    done = command_line("02", tmp_path / "out.ipynb", "--parameters", json.dumps(parameters))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(message)
+
+
+def test_unknown_notebook_names_the_choice(tmp_path):
+    done = command_line("99", tmp_path / "out.ipynb")
+    assert done.returncode == 1 and "no notebook '99': there are 00_anatomy_of_a_mask" in done.stderr
+
+
+def test_unwritable_output_folder_is_named(tmp_path, write_notebook):
+    (tmp_path / "file").write_text("")
+    notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first")
+    done = command_line(notebook, tmp_path / "file" / "out.ipynb")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
+
+
+def test_dead_kernel_gets_one_clear_line(tmp_path, write_notebook):
+    cells = "alpha: int = 1  # first", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    done = command_line(write_notebook(tmp_path / "n.ipynb", *cells), tmp_path / "out.ipynb")
+    assert done.returncode == 1 and "error: out: the notebook's kernel died" in done.stderr
+    assert not (tmp_path / "out.ipynb").exists()
