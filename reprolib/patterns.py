@@ -86,6 +86,15 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return keep | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= missing))
 
 
+def _ranked(scores: Tensor) -> Tensor:
+    """The rank of each score in its row of ``[groups, units]``, int32, 0 for the largest; of equal ones first come
+    first.
+    """
+    best_first = scores.argsort(dim=1, descending=True, stable=True)
+    position = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device).expand_as(best_first)
+    return torch.empty_like(best_first, dtype=torch.int32).scatter_(1, best_first, position)
+
+
 # --- The vocabulary -------------------------------------------------------------------------------------------------
 
 
@@ -108,18 +117,28 @@ class Pattern:
         raise NotImplementedError
 
     def __post_init__(self):
+        """Checks every field by its type, and brings it into its one normal form: equal patterns have one text form."""
         checks.choice("column order", self.order, ORDERS)
         for f in fields(self):
-            if f.type in ("int", int):
-                size = checks.whole(f"{type(self).__name__}: {f.name}", getattr(self, f.name))
-                object.__setattr__(self, f.name, size)
+            check = {"int": checks.whole, "float": checks.number, "bool": checks.flag}.get(
+                getattr(f.type, "__name__", f.type)
+            )
+            if check:
+                object.__setattr__(self, f.name, check(f"{type(self).__name__}: {f.name}", getattr(self, f.name)))
 
     @property
     def family(self) -> str:
         """The pattern's name without its sizes, as it stands in tables: ``"block"``, ``"hybrid"`` ..."""
         return type(self).__name__.lower()
 
-    def mask(self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None) -> Tensor:
+    def mask(
+        self,
+        weight: Tensor,
+        sparsity: float,
+        alive: Tensor | None = None,
+        target: float | None = None,
+        within: Tensor | None = None,
+    ) -> Tensor:
         """Bool mask shaped like `weight`, on its device; True = keep the weight.
 
         In each group of n units exactly floor(sparsity * n + 0.5) are pruned, those with the smallest scores; ties go
@@ -127,14 +146,24 @@ class Pattern:
         weight's shape instead of the weight.
 
         A schedule that prunes in steps passes `alive`, the mask of the step before, and `target`, the sparsity at its
-        end (`sparsity` by default): what `alive` has pruned stays pruned.
+        end (`sparsity` by default): what `alive` has pruned stays pruned. A hybrid passes to its fine half `within`,
+        the weights that its coarse half has left: each group keeps its share of those units of it that lie there.
 
         Raises ValueError for sparsities outside [0, 1) and for a weight that is not finite, not of a floating type, or
         without a GEMM view.
         """
         scores = self.unit_scores(weight, alive)
         check_sparsity(sparsity)
-        keep = keep_largest(scores, scores.shape[1] - pruned_count(scores.shape[1], sparsity))
+        units = scores.shape[1]
+        count = units - pruned_count(units, sparsity)
+        if within is None:
+            keep = keep_largest(scores, count)
+        else:
+            real, there = (self._units_in(m, scores).sum(dim=1) for m in (torch.ones_like(within), within))
+            shares = (
+                (there * real.clamp(max=count) / real).cumsum(0).add(0.5).floor()
+            )  # what one group lacks, the next gets
+            keep = _ranked(scores) < shares.diff(prepend=shares.new_zeros(1))[:, None]
         mask = self._spread_over(weight, keep)
         return mask if alive is None else mask & alive
 
@@ -145,24 +174,27 @@ class Pattern:
         first to be pruned.
         """
         scores = self.unit_scores(weight, alive)
-        best_first = scores.argsort(dim=1, descending=True, stable=True)
-        position = torch.arange(scores.shape[1], dtype=torch.int32, device=weight.device).expand_as(best_first)
-        ranks = torch.empty_like(best_first, dtype=torch.int32).scatter_(1, best_first, position)
-        return self._spread_over(weight, ranks), scores.shape[1]
+        return self._spread_over(weight, _ranked(scores)), scores.shape[1]
 
     def unit_scores(self, weight: Tensor, alive: Tensor | None = None) -> Tensor:
         """Scores float64 ``[groups, units]`` of a weight of any floating type, up to a factor common to all of them.
 
         -inf marks what is no unit (the filling of a partial group) and units of which nothing is `alive`.
         """
-        matrix = _magnitudes(weight, self.order)
-        scores = self.scores(matrix)
-        if alive is not None:
-            places = torch.arange(scores.numel(), device=weight.device).view(scores.shape)
-            gone = torch.ones(scores.numel(), dtype=torch.bool, device=weight.device)
-            gone[self.spread(places, matrix.shape)[gemm_view(alive, self.order)]] = False
-            scores = scores.masked_fill(gone.view(scores.shape), -math.inf)
-        return scores
+        scores = self.scores(_magnitudes(weight, self.order))
+        return scores if alive is None else scores.masked_fill(~self._units_in(alive, scores), -math.inf)
+
+    def units_with(self, mask: Tensor, weight: Tensor) -> Tensor:
+        """The weights whose unit has a weight in `mask`; bool, both shaped like `weight`."""
+        return self._spread_over(weight, self._units_in(mask, self.unit_scores(weight)))
+
+    def _units_in(self, mask: Tensor, scores: Tensor) -> Tensor:
+        """Which units have a weight in `mask`; bool, shaped like `scores`."""
+        places = torch.arange(scores.numel(), device=mask.device).view(scores.shape)
+        matrix = gemm_view(mask, self.order)
+        found = torch.zeros(scores.numel(), dtype=torch.bool, device=mask.device)
+        found[self.spread(places, matrix.shape)[matrix]] = True
+        return found.view(scores.shape)
 
     def _spread_over(self, weight: Tensor, values: Tensor) -> Tensor:
         """`spread`, shaped like `weight`."""
@@ -259,12 +291,19 @@ class NM(Pattern):
         if self.n > self.m:
             raise ValueError(f"NM keeps n of m weights: n = {self.n} must not be larger than m = {self.m}")
 
-    def mask(self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None) -> Tensor:
+    def mask(
+        self,
+        weight: Tensor,
+        sparsity: float,
+        alive: Tensor | None = None,
+        target: float | None = None,
+        within: Tensor | None = None,
+    ) -> Tensor:
         """As `Pattern.mask`, with a sparsity of 1 - n / m: at once, or at most that much on the way to a `target`."""
         check_sparsity(sparsity)
         on_the_way = target is not None and sparsity < target
         due = min(sparsity, 1 - self.n / self.m) if on_the_way else 1 - self.n / self.m
-        return Balanced(self.m, order=self.order).mask(weight, due, alive)
+        return Balanced(self.m, order=self.order).mask(weight, due, alive, within=within)
 
     def scores(self, matrix: Tensor) -> Tensor:
         return Balanced(self.m).scores(matrix)
@@ -299,7 +338,9 @@ class Hybrid(Pattern):
     the count of units whose AND comes nearest to the target. With `rescore` the coarse half ranks the weights that
     the fine half leaves, instead of all of them.
 
-    Where banks tile blocks, density = density_fine * density_coarse exactly.
+    Where banks tile blocks, density = density_fine * density_coarse exactly. Elsewhere the product rule is off by what
+    the halves agree on: weights in strong blocks are strong. In steps it holds there too, because each half takes its
+    share of what the other one has left.
     """
 
     fine: Pattern
@@ -317,18 +358,30 @@ class Hybrid(Pattern):
             raise ValueError("a hybrid has no column order of its own: give order= to its halves")
         if isinstance(self.coarse, NM):
             raise ValueError(f"{self.fine} & {self.coarse} would not be n:m: write {self.coarse} & {self.fine}")
-        if checks.number("split", self.split) > 1:
+        if self.split > 1:
             raise ValueError(f"split must lie in [0, 1], not {self.split!r}")
-        object.__setattr__(self, "split", float(self.split))  # 1 and 1.0 are one pattern with one text form
-        checks.flag("rescore", self.rescore)
+        if isinstance(self.fine, NM) and self.split != 0.5:
+            raise ValueError(f"{self.fine} takes its own share of every target: leave split={self.split:g} out")
 
-    def mask(self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None) -> Tensor:
+    def mask(
+        self,
+        weight: Tensor,
+        sparsity: float,
+        alive: Tensor | None = None,
+        target: float | None = None,
+        within: Tensor | None = None,
+    ) -> Tensor:
         """As `Pattern.mask`; the achieved sparsity is within one coarse unit of the target if the halves allow it."""
-        fine, coarse = self.halves(weight, sparsity, alive, target)
+        fine, coarse = self.halves(weight, sparsity, alive, target, within)
         return fine & coarse  # THE AND of the paper
 
     def halves(
-        self, weight: Tensor, sparsity: float, alive: Tensor | None = None, target: float | None = None
+        self,
+        weight: Tensor,
+        sparsity: float,
+        alive: Tensor | None = None,
+        target: float | None = None,
+        within: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fine and the coarse mask whose AND meets `sparsity`.
 
@@ -337,16 +390,30 @@ class Hybrid(Pattern):
         """
         check_sparsity(sparsity)
         target = sparsity if target is None else target
-        ends = self._fine_sparsity(target)
-        fine = self.fine.mask(weight, self._fine_sparsity(sparsity), alive, ends)
+        fine = self._fine_mask(weight, sparsity, alive, target, within)
         ranks, units = self.coarse.ranks(weight * fine if self.rescore else weight, alive)
-        count = _units_to_keep(ranks, units, fine, sparsity)
+        count = _units_to_keep(ranks, units, fine, fine, _wanted(weight, sparsity, within))
         if target > sparsity:
-            count = max(count, _units_to_keep(ranks, units, self.fine.mask(weight, ends, alive), target))
+            there = torch.ones_like(fine) if alive is None else self.coarse.units_with(alive, weight)
+            fine_at_the_end = self._fine_mask(weight, target, alive, target, within)
+            count = max(count, _units_to_keep(ranks, units, there, fine_at_the_end, _wanted(weight, target, within)))
         return fine, ranks < count
 
-    def _fine_sparsity(self, sparsity: float) -> float:
-        return 1.0 - round((1.0 - sparsity) ** self.split, 12)
+    def _fine_mask(
+        self, weight: Tensor, sparsity: float, alive: Tensor | None, target: float, within: Tensor | None
+    ) -> Tensor:
+        """The fine half's share of `sparsity`.
+
+        Weights of coarse units that are gone take no part in it: else the fine half would keep more and more of the
+        units that are left. Where that would leave too few of them to meet `sparsity`, they take part after all.
+        """
+        due, ends = (1.0 - round((1.0 - s) ** self.split, 12) for s in (sparsity, target))
+        if alive is not None:
+            left = self.coarse.units_with(alive, weight)
+            fine = self.fine.mask(weight, due, alive, ends, left if within is None else left & within)
+            if fine.sum() >= _wanted(weight, sparsity, within):
+                return fine
+        return self.fine.mask(weight, due, alive, ends, within)
 
     @property
     def family(self) -> str:
@@ -357,12 +424,23 @@ class Hybrid(Pattern):
         return f"{self.fine} & {self.coarse}" if self == plain else super().__str__()
 
 
-def _units_to_keep(ranks: Tensor, units: int, fine: Tensor, sparsity: float) -> int:
-    """How many units the coarse half keeps in each group, for the AND with `fine` to come nearest to `sparsity`."""
-    # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group.
-    kept = torch.bincount(ranks[fine], minlength=units).cumsum(0)
-    wanted = ranks.numel() - pruned_count(ranks.numel(), sparsity)
-    distance = (kept - wanted).abs().masked_fill(kept == 0, ranks.numel())  # a layer never becomes empty
+def _wanted(weight: Tensor, sparsity: float, within: Tensor | None) -> int:
+    """How many weights a mask keeps at `sparsity`; of a part of the weight, `within`, its share of them."""
+    count = weight.numel() - pruned_count(weight.numel(), sparsity)
+    return count if within is None else round(count * within.sum().item() / within.numel())
+
+
+def _units_to_keep(ranks: Tensor, units: int, counted: Tensor, fine: Tensor, wanted: int) -> int:
+    """How many units the coarse half keeps in each group, for the AND with `fine` to come nearest to `wanted` weights.
+
+    `counted` is `fine` itself, or a larger mask: then `fine` is taken to be spread evenly over it.
+    """
+    # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group; in whole numbers.
+    share, whole = int(fine.sum()), int(counted.sum())
+    kept = torch.bincount(ranks[counted], minlength=units).cumsum(0) * share
+    distance = (
+        (kept - wanted * whole).abs().masked_fill(kept == 0, ranks.numel() * whole)
+    )  # a layer never becomes empty
     return int(distance.argmin()) + 1
 
 
@@ -385,7 +463,7 @@ def _magnitudes(weight: Tensor, order: str) -> Tensor:
         )
     if not weight.is_floating_point():
         raise ValueError(f"a weight of {weight.dtype} cannot be ranked: patterns take floating-point weights")
-    matrix = gemm_view(weight.detach(), order).to(torch.float64, memory_format=torch.contiguous_format).abs()
+    matrix = gemm_view(weight.detach(), order).double().contiguous().abs()  # sums depend on the layout
     largest = matrix.max()
     if not largest.isfinite():
         raise ValueError("the weight holds NaN or infinite values and cannot be ranked: did the training diverge?")

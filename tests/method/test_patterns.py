@@ -348,6 +348,17 @@ def test_blocks_rank_by_their_exact_sums(seed, dtype, sparsity):
     assert torch.equal(Block(32, 32).mask(weight, sparsity)[::32, ::32], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_that_are_equal_tie_in_every_layout(dtype):
+    """The same numbers in another order sum up to other last bits: they must do so in every layout alike."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        numbers = torch.rand(64, dtype=dtype, generator=generator)
+        weight = torch.stack([numbers[torch.randperm(64, generator=generator)] for _ in range(8)], dim=1)
+        transposed = weight.t().contiguous().t()
+        assert torch.equal(Vector(64).mask(weight, 0.5), Vector(64).mask(transposed, 0.5))
+
+
 # --- Weights as networks hold them ------------------------------------------------------------------------------------
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -366,7 +377,7 @@ def test_mask_is_bool_and_has_the_shape_and_device_of_the_weight(pattern, shape,
 
 @pytest.mark.parametrize("pattern", ALL, ids=str)
 def test_memory_format_does_not_matter(pattern):
-    weight = torch.randn(4, 6, 3, 3)
+    weight = torch.randn(4, 6, 3, 3, dtype=torch.float64)
     expected = pattern.mask(weight, 0.7)
     assert torch.equal(pattern.mask(weight.contiguous(memory_format=torch.channels_last), 0.7), expected)
 
@@ -415,6 +426,7 @@ def test_bad_sparsity_or_weight_is_refused(pattern, weight, sparsity, message):
         (lambda: Balanced(4) & 3, "a hybrid takes two patterns, not .* and 3"),
         (lambda: Balanced(2) & (Balanced(4) & Block(2, 2)), r"write \(a & b\) & c"),
         (lambda: Hybrid(Balanced(2), Block(2, 2), split=1.5), r"split must lie in \[0, 1\], not 1.5"),
+        (lambda: Hybrid(NM(2, 4), Block(2, 2), split=0.25), r"NM\(2, 4\) takes its own share .*leave split=0.25 out"),
         (lambda: Hybrid(Balanced(2), Block(2, 2), split="0.5"), "split must be a number of at least 0, not '0.5'"),
         (lambda: Hybrid(Balanced(2), Block(2, 2), rescore="false"), "rescore must be true or false, not 'false'"),
         (lambda: Block(2, True), "Block: cols must be a whole number of at least 1, not True"),
