@@ -19,9 +19,12 @@ def whole(name: str, value: object, least: int = 1) -> int:
 
 def number(name: str, value: object, least: float = 0.0) -> float:
     """A finite number of at least `least`."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least {least:g}, not {value!r}")
-    return float(value)
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and least <= value and math.isfinite(value):
+            return float(value) + 0.0  # -0.0 is 0.0
+    except OverflowError:  # a whole number that no float holds
+        pass
+    raise ValueError(f"{name} must be a number of at least {least:g}, not {value!r}")
 
 
 def flag(name: str, value: object) -> bool:
@@ -33,6 +36,6 @@ def flag(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """One of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} {value!r} is unknown: use {', '.join(choices)}")
-    return value
+    return choices[choices.index(value)]  # a plain str, also where value is of a subclass

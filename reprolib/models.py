@@ -1,5 +1,6 @@
 """VGG-16 with batch normalisation for 32 x 32 images."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 # Configuration D of Simonyan & Zisserman (2015), output channels; "M" is a 2 x 2 max-pool.
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
-OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Layers that hold weights as convolutions and linear layers do, and that patterns can't prune.
+OTHER_LAYERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+OTHER_LAYERS += (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+UNCOUNTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)  # torch's counter passes over them
 
 
 def vgg16(num_classes: int, width: float = 1.0, hidden: tuple[int, ...] = ()) -> nn.Sequential:
@@ -47,31 +51,43 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of all convolutions and linear layers, by module name, in the order of the network.
 
     Raises ValueError for a layer whose weight can't be pruned in place, and names the remedy: one that is computed anew
-    at each forward pass, one that two layers share, and the weight of a convolution that is not two-dimensional.
+    at each forward pass, one that shares its memory, and kinds of layers that patterns don't know.
     """
-    named = {}
+    named, sharers = {}, defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, OTHER_CONVOLUTIONS):
+        if isinstance(module, OTHER_LAYERS):
             raise ValueError(
                 f"layer {name} is a {type(module).__name__}, which patterns can't prune: they take Conv2d and Linear "
                 "layers; give `make_masks` the weights that you want to prune by name"
             )
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
-            continue
-        if "weight" not in module._parameters:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+                raise ValueError(
+                    f"layer {name} is a {type(module).__name__} with a forward of its own, which may multiply by other "
+                    "numbers than its weight: give `make_masks` the weights that you want to prune by name"
+                )
+            named[name] = weight_in_place(module, name)
+        for key, parameter in module.named_parameters(name, recurse=False):
+            sharers[parameter.untyped_storage().data_ptr()].append(key)
+    for name, weight in named.items():
+        keys = sharers[weight.untyped_storage().data_ptr()]
+        if len(keys) > 1 and not weight.is_meta:
             raise ValueError(
-                f"the weight of layer {name} is computed anew at each forward pass, so masks on it would be lost: "
-                "make it a plain parameter first, with torch.nn.utils.parametrize.remove_parametrizations, "
-                "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+                f"the weight of layer {name} shares its memory ({', '.join(keys)}), and a mask holds for one layer: "
+                "give it its own, as in layer.weight = nn.Parameter(layer.weight.detach().clone())"
             )
-        twin = next((other for other, weight in named.items() if weight is module.weight), None)
-        if twin is not None:
-            raise ValueError(
-                f"layers {twin} and {name} share one weight, and a mask holds for one layer: "
-                f"give {name} its own, as in layer.weight = nn.Parameter(layer.weight.detach().clone())"
-            )
-        named[name] = module.weight
     return named
+
+
+def weight_in_place(module: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a layer, where zeros that are written into it stay. Raises ValueError, with the remedy."""
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"the weight of layer {name} is computed anew at each forward pass, so masks on it would be lost: "
+            "make it a plain parameter first, with torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+        )
+    return module.weight
 
 
 @contextmanager
@@ -89,18 +105,40 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 def layer_flops(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> dict[str, int]:
     """FLOPs (2 per multiply-add) of each dense layer that has any, for one image, by module name.
 
-    A layer that runs twice counts twice. Only products count: convolutions, transposed ones too, and matrix products.
+    A layer counts as often as it runs, wherever it stands; "" is what the network multiplies by itself. Only products
+    count: convolutions, transposed ones too, and matrix products. Raises ValueError for layers that can't be counted.
     """
-    with mode(model, training=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    root, counts = type(model).__name__, counter.get_flop_counts()
-    total = {name: sum(counts.get(f"{root}.{name}", {}).values()) for name, _ in model.named_modules()}
-    own = {
-        name: flops - sum(total.get(f"{name}.{child}", 0) for child, _ in module.named_children())
-        for (name, module), flops in zip(model.named_modules(), total.values(), strict=True)
-        if name
-    }
-    return {name: flops for name, flops in own.items() if flops}
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        if isinstance(module, UNCOUNTED):
+            raise ValueError(f"FLOPs of layer {name}, a {type(module).__name__}, can't be counted")
+    flops, running = dict.fromkeys(names.values(), 0), []  # of each module that runs: FLOPs before it, and inside it
+
+    def enter(module, args):
+        running.append([counter.get_total_flops(), 0])
+
+    def leave(module, args, output):
+        before, inside = running.pop()
+        whole = counter.get_total_flops() - before
+        flops[names[module]] += whole - inside
+        if running:
+            running[-1][1] += whole
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave) for module in names]
+    first = next(model.parameters(), torch.zeros(()))
+    try:
+        with mode(model, training=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *image_shape, device=first.device, dtype=first.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: count for name, count in flops.items() if count}
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all parameters and statistics are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
 def describe_layers(model: nn.Module) -> pd.DataFrame:
@@ -110,6 +148,6 @@ def describe_layers(model: nn.Module) -> pd.DataFrame:
         {
             "shape": {name: "×".join(map(str, weight.shape)) for name, weight in named.items()},
             "weights": {name: weight.numel() for name, weight in named.items()},
-            "FLOPs": {name: flops[name] for name in named},
+            "FLOPs": {name: flops.get(name, 0) for name in named},
         }
     ).rename_axis("layer")

@@ -54,6 +54,8 @@ def make_masks(
     In the steps of a schedule, `alive` holds the masks of the step before (empty at the first) and `targets` the
     sparsities at the end, as `Pattern.mask` takes them.
     """
+    if alive and alive.keys() != named.keys():
+        raise ValueError(f"masks of {sorted(alive)} can't be the step before masks of {sorted(named)}")
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, weight in named.items():
@@ -88,6 +90,7 @@ def global_ratios(named: dict[str, Tensor], pattern: Pattern, target: float) -> 
 
     For a hybrid, the units of the coarse half decide.
     """
+    check_reach(target)
     ranked = getattr(pattern, "coarse", pattern)
     scores, sizes = {}, {}
     for name, weight in named.items():
@@ -111,6 +114,7 @@ def sensitivity_ratios(
     Each layer alone is pruned to a grid of sparsities and `loss()` measured; then one rise of the loss is searched
     which, allowed to every layer, gives `target` over all. Raises ValueError for a loss that is not finite.
     """
+    check_reach(target)
     grid = torch.tensor([0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99])
     rises = {}
     base = _finite(loss(), "of the dense network")
@@ -138,6 +142,15 @@ def sensitivity_ratios(
     return _rebalanced(ratios_at(high), sizes, target)
 
 
+def check_reach(target: float) -> None:
+    """Raises ValueError for a target that ratios which differ by layer can't give."""
+    if target > SPARSEST:
+        raise ValueError(
+            f"{100 * target:g} % is more than ratios that differ by layer can give, because they stop at "
+            f"{100 * SPARSEST:g} % in each layer: use uniform ratios or a lower sparsity"
+        )
+
+
 def _finite(loss: float, where: str) -> float:
     if not math.isfinite(loss):
         raise ValueError(f"the loss {where} is {loss}: a sensitivity can't be told from it; use uniform ratios")
@@ -161,11 +174,6 @@ def _mean(ratios: dict[str, float], sizes: dict[str, int]) -> float:
 
 def _rebalanced(ratios: dict[str, float], sizes: dict[str, int], target: float) -> dict[str, float]:
     """Scale the densities by one factor until the bounded ratios give `target` over all layers."""
-    if target > SPARSEST:
-        raise ValueError(
-            f"{100 * target:g} % is more than ratios that differ by layer can give, because they stop at "
-            f"{100 * SPARSEST:g} % in each layer: use uniform ratios or a lower sparsity"
-        )
     low, high = 0.0, 1e6
 
     def scaled(factor: float) -> dict[str, float]:

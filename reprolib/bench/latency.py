@@ -136,14 +136,17 @@ def _contests(profile: Profile, device: str, survey: bool) -> Iterator[tuple[dic
 
 
 def profile_specs(profile: Profile) -> Specs:
-    """Method, pattern and target sparsity of the profile's methods; what shares the masks of another is left out."""
-    chosen = {}
-    for method, settings in profile.methods.items():
-        if settings.get("score", "magnitude") == "magnitude" and not settings.get("group_lasso"):
-            chosen |= {
-                (method, settings["pattern"], sparsity): None for sparsity in profile.settings(method)["sparsities"]
-            }
-    return tuple(chosen)
+    """Method, pattern and target sparsity of the profile's methods.
+
+    Left out is what shares the masks of another, and what is not pruned as the timed networks are: equally in all
+    layers but the first and the last.
+    """
+    timed = (
+        (e.method, e.pattern, e.sparsity)
+        for e in profile.asked("methods")
+        if (e.score, e.ratios, e.prune_ends, e.group_lasso) == ("magnitude", "uniform", False, 0)
+    )
+    return tuple(dict.fromkeys(timed))
 
 
 def folder(profile: Profile, device: str) -> Path:

@@ -37,7 +37,7 @@ class Dense:
             raise ValueError(f"hidden must list the sizes of linear layers, not {self.hidden!r}")
         _normalise(
             self,
-            width=checks.number("width", self.width),
+            width=checks.number("width", self.width, 1 / 64),
             hidden=tuple(checks.whole("hidden", size) for size in self.hidden),
             seed=checks.whole("seed", self.seed, 0),
             images=checks.whole("images", self.images, 0),
@@ -98,6 +98,10 @@ class Pruned:
             masks=checks.choice("masks", self.masks, pruning.MASKS),
         )
         check_sparsity(self.sparsity)
+        if self.ratios != "uniform":
+            pruning.check_reach(self.sparsity)
+        if self.schedule == "one-shot":  # no step before the one mask
+            _normalise(self, masks="nested")
         if self.group_lasso and not isinstance(pattern, Block):
             raise ValueError(f"group_lasso shrinks blocks, and {self.pattern} has none: use it with Block(rows, cols)")
 

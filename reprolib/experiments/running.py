@@ -153,6 +153,7 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         label=experiment.label,
         **limits,
     )
+    check_target(pattern, experiment.sparsity, masks)
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     row = _dense_columns(dense) | {
         "pattern": experiment.method,

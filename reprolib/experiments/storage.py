@@ -14,17 +14,21 @@ from torch import Tensor
 from reprolib.files.atomic import write_atomically
 
 KEPT, MASK = ".kept", ".mask"
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch can't write into places of these
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors atomically. One with at most half of its numbers different from zero is stored as two: its other
     numbers in order, ``<name>.kept``, and where they are, ``<name>.mask``, eight places in a byte.
     """
+    if "__metadata__" in tensors:
+        raise ValueError("a tensor named '__metadata__' can't be stored: safetensors keeps that name for itself")
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         kept = tensor != 0
-        if 2 * int(kept.sum()) > tensor.numel() or {name + KEPT, name + MASK} & set(tensors):
+        whole = 2 * int(kept.sum()) > tensor.numel() or tensor.dtype in UNSIGNED
+        if whole or {name + KEPT, name + MASK} & set(tensors):
             stored[name] = tensor.clone()  # tensors that share memory are two in the file
         else:
             stored[name + KEPT] = tensor[kept]

@@ -80,6 +80,14 @@ def decide(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> pd.Da
     Columns: claim, dataset (claim 4: the device), comparison, seeds, difference, low, high (mean and 95 % interval of
     the paired differences), unit, verdict, remark (what the row rests on or what is missing).
     """
+    key = ["dataset", "pattern", "target_sparsity", "seed"]
+    twice = accuracy[accuracy.duplicated(key, keep=False) & (accuracy["pattern"] != "dense")]
+    if len(twice):
+        found = ", ".join(sorted(twice["spec"].unique()))
+        raise ValueError(
+            f"claims compare one network of {twice['pattern'].iloc[0]} for each sparsity and seed, and there are "
+            f"several ({found}): leave one in the profile's methods, move the others to its ablations"
+        )
     rows = []
     for dataset, group in accuracy.groupby("dataset", sort=False):
         for claim, rival in _ACCURACY_RIVALS.items():

@@ -8,8 +8,9 @@ from types import ModuleType
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import fusion
+from torch.nn.utils import fusion, parametrize
 
+from reprolib.models import weight_in_place
 from reprolib.sparse import cpu, cuda
 from reprolib.sparse.formats import pack
 
@@ -141,13 +142,17 @@ def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dens
     In every `nn.Sequential` batch norm is folded, and bias, ReLU and 2x2 max-pools are fused; layers in a row become a
     `SparseSequential`. Pruned convolutions elsewhere become `SparseConv2d`. What has no zeros, or no kernel (strides,
     groups, other kernel sizes), stays as it is; `dense` packs layers without zeros too, to see what fusion alone gives.
-    The outputs are those of `model` up to rounding; on a GPU the kernels calculate in fp16 with fp32 sums.
+    So does what has hooks, or is a subclass of what is fused. The outputs are those of `model` up to rounding; on a GPU
+    the kernels calculate in fp16 with fp32 sums.
 
-    `device` moves the copy; by default it stays where the model is. Raises ValueError for a model in training mode, and
-    RuntimeError where the device's kernels can't run.
+    `device` moves the copy; by default it stays where the model is. Raises ValueError for a model in training mode and
+    for weights that a hook computes, and RuntimeError where the device's kernels can't run.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode: call model.eval() first, batch norm is folded as it is then")
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not parametrize.is_parametrized(module):
+            weight_in_place(module, name)  # one that a hook computes may be out of date
     if device is not None:
         _backend(torch.device(device))
     model = _sparsified(copy.deepcopy(model), dense).eval().requires_grad_(False)
@@ -171,7 +176,7 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
 
 
 def _sparsified(module: nn.Module, dense: bool) -> nn.Module:
-    if type(module) is nn.Sequential:
+    if _is_plain(module, nn.Sequential):
         layers = _fused(_flattened(module), dense)
         if not any(isinstance(layer, SparseSequential) for layer in layers):
             return module
@@ -187,9 +192,9 @@ def _flattened(sequential: nn.Sequential) -> list[nn.Module]:
     """Nested `nn.Sequential` written out, without what does nothing in eval mode."""
     layers = []
     for module in sequential:
-        if type(module) is nn.Sequential:
+        if _is_plain(module, nn.Sequential):
             layers += _flattened(module)
-        elif not isinstance(module, (nn.Dropout, nn.Identity)):
+        elif not _is_plain(module, nn.Dropout, nn.Identity):
             layers.append(module)
     return layers
 
@@ -201,7 +206,7 @@ def _fused(layers: list[nn.Module], dense: bool) -> list[nn.Module]:
         layer, layers = layers[0], layers[1:]
         if _packable(layer, dense) or (_has_few_columns(layer) and _packable(_next_weighted(layers), dense)):
             layer, layers = _with_batch_norm(layer, layers)
-            relu = bool(layers) and isinstance(layers[0], nn.ReLU)
+            relu = bool(layers) and _is_plain(layers[0], nn.ReLU)
             layers = layers[relu:]
             pool = isinstance(layer, nn.Conv2d) and bool(layers) and _is_small_max_pool(layers[0])
             layers = layers[pool:]
@@ -209,12 +214,21 @@ def _fused(layers: list[nn.Module], dense: bool) -> list[nn.Module]:
                 result += _closed(chain)  # not one of its followers: without Flatten it sees the last dimension only
                 chain = []
             chain.append(_sparse_layer(layer, relu, pool))
-        elif chain and isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+        elif chain and _is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             chain.append(layer)
         else:
             result += [*_closed(chain), _sparsified(layer, dense)]
             chain = []
     return result + _closed(chain)
+
+
+def _is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether a module does just what its kind does: it is no subclass, and nobody listens to it."""
+    return type(module) in kinds and not _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _closed(chain: list[nn.Module]) -> list[nn.Module]:
@@ -242,6 +256,8 @@ def _unsupported(module: nn.Conv2d | nn.Linear) -> str | None:
     """What keeps a layer from the kernels, if anything does."""
     if type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
         return f"{type(module).__name__} has a forward of its own"
+    if _has_hooks(module):
+        return "its hooks would not be called"
     if isinstance(module, nn.Linear):
         return None
     if module.kernel_size not in ((3, 3), (1, 1)):
@@ -257,9 +273,9 @@ def _with_batch_norm(layer: nn.Module, rest: list[nn.Module]) -> tuple[nn.Module
     """Fold a batch norm that follows into the layer. Pruned weights stay zero: each output channel is only scaled."""
     if not rest or getattr(rest[0], "running_mean", None) is None:  # without statistics it would take the batch's own
         return layer, rest
-    if isinstance(layer, nn.Conv2d) and isinstance(rest[0], nn.BatchNorm2d):
+    if isinstance(layer, nn.Conv2d) and _is_plain(rest[0], nn.BatchNorm2d):
         return fusion.fuse_conv_bn_eval(layer, rest[0]), rest[1:]
-    if isinstance(layer, nn.Linear) and isinstance(rest[0], nn.BatchNorm1d):
+    if isinstance(layer, nn.Linear) and _is_plain(rest[0], nn.BatchNorm1d):
         return fusion.fuse_linear_bn_eval(layer, rest[0]), rest[1:]
     return layer, rest
 
@@ -272,7 +288,7 @@ def _sparse_layer(layer: nn.Module, relu: bool = False, pool: bool = False) -> S
 
 def _is_small_max_pool(module: nn.Module) -> bool:
     """Whether this is the 2x2 max-pool that the kernels fuse."""
-    if not isinstance(module, nn.MaxPool2d) or module.return_indices or module.ceil_mode:
+    if not _is_plain(module, nn.MaxPool2d) or module.return_indices or module.ceil_mode:
         return False
     pairs = [value if isinstance(value, tuple) else (value, value) for value in (module.kernel_size, module.stride)]
     return pairs == [(2, 2), (2, 2)] and module.padding in (0, (0, 0)) and module.dilation in (1, (1, 1))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -57,8 +57,11 @@ def position(checkpoint: Path) -> Position:
     return Position(**here | {"due": due if due is None else tuple(due)})
 
 
-def save(checkpoint: Path, state: State, drawn_from: Tensor, here: Position) -> None:
-    """Write a checkpoint, atomically. `drawn_from` is the generator's state before the draws of this epoch."""
+def save(checkpoint: Path, state: State, drawn_from: Tensor, here: Position, of: dict) -> None:
+    """Write a checkpoint, atomically.
+
+    `drawn_from` is the generator's state before the draws of this epoch, `of` tells this training from others.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     for name, parameter in state.model.named_parameters():
         if parameter in state.optimizer.state:  # not a frozen one
@@ -67,13 +70,15 @@ def save(checkpoint: Path, state: State, drawn_from: Tensor, here: Position) -> 
     tensors |= {f"pruned.{name}": gone for name, gone in state.pruned.items()}
     # Copies, because safetensors takes no two tensors that share memory.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_atomically(checkpoint, safetensors.torch.save(tensors, {"position": json.dumps(asdict(here))}))
+    write_atomically(
+        checkpoint, safetensors.torch.save(tensors, {"position": json.dumps(asdict(here)), "of": json.dumps(of)})
+    )
 
 
-def restore(checkpoint: Path | None, state: State) -> Position:
+def restore(checkpoint: Path | None, state: State, of: dict) -> Position:
     """Fill `state` from the checkpoint and return its position; without a checkpoint leave it as it is.
 
-    Raises ValueError for a damaged file.
+    Raises ValueError for a damaged file, and for the checkpoint of another training than `of` says.
     """
     if not (checkpoint and checkpoint.exists()):
         return Position()
@@ -82,6 +87,10 @@ def restore(checkpoint: Path | None, state: State) -> Position:
         tensors = load_file(checkpoint)
     except SafetensorError:
         raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
+    with safe_open(checkpoint, "pt") as file:
+        found = json.loads(file.metadata().get("of", "null"))  # version 0.1 did not say
+    if found not in (None, of):
+        raise ValueError(f"the checkpoint {checkpoint} is of another training ({found}): delete it and ask again")
     state.model.load_state_dict({name: tensors[f"model.{name}"] for name in state.model.state_dict()})
     for name, parameter in state.model.named_parameters():
         if f"momentum.{name}" in tensors:

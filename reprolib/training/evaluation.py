@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reprolib.models import mode
+from reprolib.models import is_finite, mode
 from reprolib.training.data import Dataset, Split, normalised
 from reprolib.training.precision import autocast
 
@@ -18,13 +18,13 @@ EVALUATION_BATCH = {"cpu": 500, "cuda": 2500}
 def accuracy_pct(model: nn.Module, dataset: Dataset, split: Split, precision: str = "fp32") -> float:
     """Share of `split` that `model`, in eval mode meanwhile, classifies correctly, in percent.
 
-    Raises ValueError for logits that are not finite, of which none is the largest.
+    Raises ValueError for a network whose parameters, statistics or logits are not finite.
     """
     return 100 * _mean_over(split, model, dataset, precision, lambda x, labels: (x.argmax(dim=1) == labels).sum())
 
 
 def mean_loss(model: nn.Module, dataset: Dataset, split: Split, precision: str = "fp32") -> float:
-    """Mean cross-entropy of `model`, in eval mode meanwhile, on `split`. Raises ValueError for logits not finite."""
+    """Mean cross-entropy of `model`, in eval mode meanwhile, on `split`. Raises ValueError as `accuracy_pct` does."""
     return _mean_over(split, model, dataset, precision, lambda x, labels: F.cross_entropy(x, labels, reduction="sum"))
 
 
@@ -39,6 +39,6 @@ def _mean_over(split: Split, model: nn.Module, dataset: Dataset, precision: str,
                 logits = model(normalised(images, dataset)).float()
             finite &= logits.isfinite().all()
             total += total_of(logits, labels)
-    if not finite:
-        raise ValueError("the network gives NaN or infinite logits: did its training diverge?")
+    if not (finite and is_finite(model)):
+        raise ValueError("the network holds or gives NaN or infinite numbers: did its training diverge?")
     return total.item() / len(split)

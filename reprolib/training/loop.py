@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reprolib.files.deadline import OutOfTime
-from reprolib.models import mode
+from reprolib.models import is_finite, mode, weight_in_place
 from reprolib.training import checkpoints
 from reprolib.training.checkpoints import Position, State
 from reprolib.training.data import Dataset, augmented, draw_augmentations, normalised
@@ -74,7 +74,8 @@ def fit(
     `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
 
     With a `checkpoint`, training goes on from that file if it is there (on a CPU to the same bits as without the
-    stop). The file is written every two minutes, and when `time.time()` passes `deadline`.
+    stop). The file is written every two minutes, and when `time.time()` passes `deadline`. That of another recipe or
+    seed is refused.
 
     Frozen parameters stay as they are. A model that is in training mode keeps the modes of its modules, so that a batch
     norm in eval mode is frozen too; one in eval mode trains as a whole, and is in eval mode again behind it.
@@ -89,7 +90,8 @@ def fit(
     state = _begin(model, recipe, seed, where)
     step = _step_of(state, dataset, recipe, penalty)
     take = _captured(step) if where.type == "cuda" else step
-    start = checkpoints.restore(checkpoint, state)
+    of = {"recipe": asdict(recipe), "seed": seed}
+    start = checkpoints.restore(checkpoint, state, of)
     curve, due, resumed = list(start.curve), start.due, time.monotonic()
     saved = resumed
     modes = nullcontext() if model.training else mode(model, training=True)
@@ -108,7 +110,7 @@ def fit(
                     saved = time.monotonic()
                     share = (epoch * steps + index + 1) / (recipe.epochs * steps)
                     here = Position(epoch, index + 1, share, start.wall_time_s + saved - resumed, tuple(curve), due)
-                    checkpoints.save(checkpoint, state, drawn_from, here)
+                    checkpoints.save(checkpoint, state, drawn_from, here, of)
                 if late:
                     raise OutOfTime(f"{label}: out of time in epoch {epoch + 1} of {recipe.epochs}")
             if epoch + 1 == recipe.epochs:  # of few steps the last one may come before the last masks are due
@@ -163,6 +165,7 @@ def _renew_masks(
         return due
     alive = {name: ~gone for name, gone in state.pruned.items()}
     for name, mask in schedule.masks_for(now_due, alive).items():
+        weight_in_place(state.model.get_submodule(name), name)
         state.pruned.setdefault(name, torch.empty_like(mask)).copy_(~mask)
     _zero_pruned(state)
     return now_due
@@ -175,11 +178,10 @@ def _zero_pruned(state: State) -> None:
 
 
 def _mean_loss_of_epoch(state: State, steps: int) -> float:
-    """Mean loss since the last call; NaN where a parameter is no longer finite."""
+    """Mean loss since the last call; NaN where a parameter or a statistic is no longer finite."""
     loss = state.total.item() / steps
     state.total.zero_()
-    finite = torch.stack([parameter.isfinite().all() for parameter in state.model.parameters()]).all()
-    return loss if finite or not math.isfinite(loss) else math.nan
+    return loss if is_finite(state.model) else math.nan
 
 
 def _bar(label: str, recipe: Recipe, steps: int, start: Position) -> tqdm:

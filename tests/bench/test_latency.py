@@ -1,6 +1,7 @@
 """What is measured and how rows are made of it; no test looks at a duration."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,15 @@ def test_distinct_masks_of_a_profile():
     methods = {method for method, _, _ in specs}
     assert methods == {"unstructured", "block", "balanced", "vector", "hybrid"}, "controls share the masks of others"
     assert len(specs) == len(set(specs)) == 5 * 2
+
+
+@pytest.mark.parametrize("settings", [{"ratios": "global"}, {"prune_ends": True}], ids=str)
+def test_networks_that_are_pruned_in_another_way_are_not_timed_as_theirs(settings):
+    profile = profiles.load("quick")
+    methods = profile.methods | {"mine": {"pattern": "Balanced(2)&Block(2,2)"} | settings}
+    assert latency.profile_specs(replace(profile, methods=methods)) == latency.profile_specs(profile)
+    plain = latency.profile_specs(replace(profile, methods={"mine": {"pattern": "Balanced(2)&Block(2,2)"}}))
+    assert {spec[:2] for spec in plain} == {("hybrid", "Balanced(2) & Block(2, 2)")}  # as accuracy.csv names it
 
 
 def test_one_row_per_implementation(table):

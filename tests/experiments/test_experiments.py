@@ -76,6 +76,9 @@ def test_spelling_of_the_pattern_does_not_change_the_id():
         ids = {replace(DENSE, recipe=replace(DENSE.recipe, **{name: value})).run_id for value in (1, 1.0)}
         assert len(ids) == 1
     assert replace(DENSE, width=1).run_id == replace(DENSE, width=1.0).run_id
+    assert replace(HYBRID, sparsity=-0.0).run_id == replace(HYBRID, sparsity=0.0).run_id
+    at_once = replace(HYBRID, schedule="one-shot")
+    assert replace(at_once, masks="refitted") == at_once  # no step in which they could differ
 
 
 CHANGES = {
@@ -142,6 +145,7 @@ def test_method_names_the_pattern_and_what_sets_it_apart(changes, method):
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), not 1\.0: 0\.9 prunes nine weights of ten"),
         ({"score": "gradient"}, "score 'gradient' is unknown: use magnitude, random"),
         ({"schedule": "slow"}, "schedule 'slow' is unknown: use one-shot, gradual, iterative"),
+        ({"ratios": "global", "sparsity": 0.9999}, r"99\.99 % is more than ratios that differ by layer can give"),
         ({"ratios": "local"}, "ratios 'local' is unknown: use uniform, global, sensitivity"),
         ({"retraining": "none"}, "retraining 'none' is unknown: use lr-rewinding, fine-tuning"),
         ({"group_lasso": 1e-4}, r"group_lasso shrinks blocks, and Balanced\(4\) & Block\(4, 4\) has none: use .*Block"),

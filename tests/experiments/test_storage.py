@@ -1,6 +1,7 @@
 """Weights come back from the disk as they were, and zeros take no room there."""
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given
 
@@ -51,6 +52,20 @@ def test_tensors_of_any_name_come_back(tmp_path_factory, names, seed):
     storage.write(path, tensors)
     found = storage.read(path)
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.int8, torch.bool, torch.bfloat16, torch.float8_e4m3fn]
+)
+def test_zeros_of_every_type_come_back(tmp_path, dtype):
+    storage.write(tmp_path / "w.safetensors", {"w": torch.zeros(9).to(dtype)})
+    found = storage.read(tmp_path / "w.safetensors")["w"]
+    assert found.dtype == dtype and found.float().tolist() == 9 * [0.0]
+
+
+def test_name_that_the_format_keeps_for_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'__metadata__' can't be stored"):
+        storage.write(tmp_path / "w.safetensors", {"__metadata__": torch.ones(1)})
 
 
 def test_tensors_that_share_memory_come_back(tmp_path):

@@ -86,11 +86,29 @@ def test_weight_that_is_computed_at_each_forward_pass_is_refused(layer, reparame
         weights(model)
 
 
-def test_weight_that_two_layers_share_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    with pytest.raises(ValueError, match="layers 0 and 2 share one weight"):
+TIES = {
+    "the same parameter": lambda a, b: setattr(b, "weight", a.weight),
+    "the same memory": lambda a, b: setattr(b, "weight", nn.Parameter(a.weight.detach())),
+    "transposed": lambda a, b: setattr(b, "weight", nn.Parameter(a.weight.detach().t())),
+}
+
+
+@pytest.mark.parametrize("tie", TIES.values(), ids=TIES)
+@pytest.mark.parametrize("first", [nn.Linear(4, 4), nn.Embedding(4, 4)], ids=["linear", "embedding"])
+def test_weight_that_shares_its_memory_is_refused(first, tie):
+    model = nn.Sequential(copy.deepcopy(first), nn.ReLU(), nn.Linear(4, 4))
+    tie(model[0], model[2])
+    with pytest.raises(ValueError, match=r"weight of layer . shares its memory \(0.weight, 2.weight\)"):
         weights(model)
+
+
+def test_forward_of_its_own_is_refused():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    with pytest.raises(ValueError, match="layer 0 is a Standardised with a forward of its own"):
+        weights(nn.Sequential(Standardised(3, 4, 3)))
 
 
 def test_layer_that_stands_in_two_places_counts_once():
@@ -99,7 +117,18 @@ def test_layer_that_stands_in_two_places_counts_once():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)]
+    "layer",
+    [
+        nn.Conv1d(4, 4, 3),
+        nn.Conv3d(4, 4, 3),
+        nn.ConvTranspose1d(4, 4, 3),
+        nn.ConvTranspose2d(4, 4, 3),
+        nn.MultiheadAttention(4, 2),
+        nn.LSTM(4, 4),
+        nn.GRUCell(4, 4),
+        nn.Bilinear(4, 4, 4),
+    ],
+    ids=lambda layer: type(layer).__name__,
 )
 def test_layer_that_patterns_cannot_prune_is_not_passed_over_in_silence(layer):
     with pytest.raises(ValueError, match=f"layer 0 is a {type(layer).__name__}, which patterns can't prune"):
@@ -127,6 +156,33 @@ def test_flops_count_every_call_and_every_kind_of_layer():
         "0.up": 2 * 16 * 3 * 2 * 4,  # each of 16 places writes 2 channels of 2 x 2
         "2": 2 * 80 * 2,
     }
+
+
+class Around(nn.Module):
+    """Runs a part of a module that it shares with others, then all of it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(self.inner[0](x))
+
+
+def test_flops_of_shared_modules_are_those_of_the_module_and_add_up():
+    shared = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False))
+    assert layer_flops(nn.Sequential(Around(shared), Around(shared)), (3, 2, 2)) == {"0.inner.0": 4 * 2 * 4 * 9}
+
+
+def test_flops_in_any_type_and_without_parameters():
+    assert layer_flops(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double(), (3, 2, 2)) == {"1": 48}
+    assert layer_flops(nn.Sequential(nn.Flatten(), nn.ReLU()), (3, 2, 2)) == {}
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(2, 4), nn.TransformerEncoderLayer(2, 1, 4)])
+def test_layer_whose_flops_nobody_counts_is_named(layer):
+    with pytest.raises(ValueError, match=r"FLOPs of layer 0.*, an? .*can't be counted"):
+        layer_flops(nn.Sequential(layer), (3, 2, 2))
 
 
 def test_frozen_parts_keep_their_mode():

@@ -181,6 +181,12 @@ def test_masks_from_the_weights_alone_bring_blocks_back():
     assert back > 0 and (named["a"][masks["a"]] == 0).any()
 
 
+def test_masks_of_other_layers_cannot_be_the_step_before():
+    named = {"a": torch.rand(4, 4)}
+    with pytest.raises(ValueError, match=r"masks of \['b'\] can't be the step before masks of \['a'\]"):
+        make_masks(named, Unstructured(), {"a": 0.5}, alive={"b": torch.ones(4, 4, dtype=torch.bool)})
+
+
 def test_remaining_flops_shrink_with_the_density_of_pruned_layers():
     masks = {"b": torch.tensor([[True, False, False, False]])}
     assert remaining_flops({"a": 100, "b": 60}, masks) == 100 + 15

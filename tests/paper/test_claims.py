@@ -55,6 +55,15 @@ def test_verdict_follows_the_interval(hybrid, expected):
     assert deciding(frame, 1)["verdict"] == expected
 
 
+def test_two_networks_of_one_method_sparsity_and_seed_decide_nothing():
+    """Their mean would be compared, which no network has."""
+    frame = accuracy_frame({("hybrid", 0.9): [85.0, 86.0], ("block", 0.9): [82.0, 82.2]})
+    specs = frame.assign(spec=["Balanced(4) & Block(4, 4)"] * 2 + ["Block(4, 4)"] * 2)
+    other = specs[specs["pattern"] == "hybrid"].assign(spec="Balanced(8) & Block(8, 8)", accuracy_pct=10.0)
+    with pytest.raises(ValueError, match=r"one network of hybrid for each .*several \(Balanced\(4\).*, Balanced\(8\)"):
+        claims.decide(pd.concat([specs, other]))
+
+
 def test_differences_are_paired_by_seed():
     # Seeds differ by whole points, the difference of each pair is exactly 0.1 or 0.2.
     frame = accuracy_frame({("hybrid", 0.95): [80.2, 85.2, 90.1], ("block", 0.95): [80.0, 85.0, 90.0]})

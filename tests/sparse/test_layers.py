@@ -614,3 +614,65 @@ def test_network_through_the_gpu_kernels_specification(monkeypatch):
         logits = sparsify(model)(images)
     assert float((logits - expected).norm() / expected.norm()) < 0.02
     assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
+
+
+# --- What a layer does besides ----------------------------------------------------------------------------------------
+
+
+def scaled(kind):
+    """A subclass whose output is three times its parent's."""
+    return type(f"Scaled{kind.__name__}", (kind,), {"forward": lambda self, x: 3 * kind.forward(self, x)})
+
+
+def stack(**changed):
+    """Convolution, batch norm, ReLU, max-pool, all of which would be fused, but for what is `changed`."""
+    torch.manual_seed(0)
+    parts = {"conv": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4), "relu": nn.ReLU()}
+    parts |= {"identity": nn.Identity(), "pool": nn.MaxPool2d(2)} | changed
+    with torch.no_grad():
+        parts["conv"].weight[::2] = 0
+    return nn.Sequential(*parts.values()).eval()
+
+
+SUBCLASSES = {
+    "norm": lambda: scaled(nn.BatchNorm2d)(4),
+    "relu": scaled(nn.ReLU),
+    "identity": scaled(nn.Identity),
+    "pool": lambda: scaled(nn.MaxPool2d)(2),
+}
+
+
+@pytest.mark.parametrize("part", SUBCLASSES)
+def test_subclass_of_what_is_fused_does_what_it_does(part):
+    model, x = stack(**{part: SUBCLASSES[part]()}), images(2, 4, 6, 6)
+    torch.testing.assert_close(sparsify(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_hooks_are_called(part, before):
+    model, x = stack(), images(2, 4, 6, 6)
+    if before:
+        model[part].register_forward_pre_hook(lambda module, args: (2 * args[0] - 1,))
+    else:
+        model[part].register_forward_hook(lambda module, args, y: 2 * y - 1)
+    torch.testing.assert_close(sparsify(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "reparametrize",
+    [torch.nn.utils.weight_norm, lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_that_a_hook_computes_is_refused(reparametrize):
+    model = stack()
+    reparametrize(model[0])
+    with pytest.raises(ValueError, match=r"weight of layer 0 is computed anew .* make it a plain parameter first"):
+        sparsify(model)
+
+
+def test_parametrized_weight_is_the_one_that_counts():
+    model, x = stack(), images(2, 4, 6, 6)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    model.eval()
+    torch.testing.assert_close(sparsify(model)(x), model(x), rtol=1e-4, atol=1e-5)

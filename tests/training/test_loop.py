@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from reprolib.files.atomic import write_atomically
@@ -227,6 +228,15 @@ def test_schedule_sees_the_masks_that_held_before(few_digits, small_net, tmp_pat
     assert seen == [{}] + [{"2": 8 * 8 * 9 - gone} for gone in range(6)]
 
 
+@pytest.mark.parametrize("reparametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_masks_on_a_weight_that_is_computed_anew_are_refused(few_digits, small_net, reparametrize):
+    model = small_net()
+    mask = {"2": torch.ones_like(model[2].weight, dtype=torch.bool)}
+    reparametrize(model[2])
+    with pytest.raises(ValueError, match=r"weight of layer 2 is computed anew .* masks on it would be lost"):
+        fit(model, few_digits, SHORT, seed=0, schedule=always(mask))
+
+
 # --- Frozen parts -----------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +381,15 @@ def test_damaged_checkpoint_is_named(few_digits, small_net, tmp_path, content):
     checkpoint.write_bytes(content)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged: delete it"):
         fit(small_net(), few_digits, SHORT, seed=0, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"recipe": replace(SHORT, lr=0.03)}], ids=["seed", "recipe"])
+def test_checkpoint_of_another_training_is_refused(few_digits, small_net, tmp_path, changes):
+    checkpoint, options = tmp_path / "checkpoint.safetensors", {"recipe": SHORT, "seed": 0}
+    with pytest.raises(OutOfTime):
+        fit(small_net(), few_digits, **options, checkpoint=checkpoint, deadline=0.0)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is of another training .*: delete it"):
+        fit(small_net(), few_digits, **options | changes, checkpoint=checkpoint)
 
 
 def test_checkpoint_that_is_cut_off_is_named(few_digits, small_net, tmp_path):
@@ -540,5 +559,13 @@ def test_evaluation_does_not_train(few_digits):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("measure", [accuracy_pct, mean_loss])
 def test_network_whose_logits_are_not_finite_has_no_accuracy(few_digits, measure, bad):
-    with pytest.raises(ValueError, match="NaN or infinite logits: did its training diverge"):
+    with pytest.raises(ValueError, match="NaN or infinite numbers: did its training diverge"):
         measure(Says(9 * [0.0] + [bad]), few_digits, few_digits.test)
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_network_with_statistics_that_are_not_finite_has_no_accuracy(few_digits, statistic):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10))
+    getattr(model[0], statistic)[1] = math.inf
+    with pytest.raises(ValueError, match="holds or gives NaN or infinite numbers"):
+        accuracy_pct(model, few_digits, few_digits.test)
