@@ -630,7 +630,7 @@ def stack(**changed):
     parts = {"conv": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4), "relu": nn.ReLU()}
     parts |= {"identity": nn.Identity(), "pool": nn.MaxPool2d(2)} | changed
     with torch.no_grad():
-        parts["conv"].weight[::2] = 0
+        parts["conv"].weight[:, ::2] = 0
     return nn.Sequential(*parts.values()).eval()
 
 
