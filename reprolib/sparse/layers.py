@@ -150,12 +150,16 @@ def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dens
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode: call model.eval() first, batch norm is folded as it is then")
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not parametrize.is_parametrized(module):
-            weight_in_place(module, name)  # one that a hook computes may be out of date
     if device is not None:
         _backend(torch.device(device))
-    model = _sparsified(copy.deepcopy(model), dense).eval().requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not parametrize.is_parametrized(module, "weight"):
+            weight_in_place(module, name)  # one that a hook computes may be out of date
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    model = _sparsified(model, dense).eval().requires_grad_(False)
     return model if device is None else model.to(device)
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from reprolib.models import vgg16, weights
 from reprolib.patterns import NM, Balanced, Block, Unstructured
@@ -661,7 +662,7 @@ def test_hooks_are_called(part, before):
 
 @pytest.mark.parametrize(
     "reparametrize",
-    [torch.nn.utils.weight_norm, lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)],
+    [torch.nn.utils.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weight_that_a_hook_computes_is_refused(reparametrize):
