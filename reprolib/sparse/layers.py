@@ -8,7 +8,7 @@ from types import ModuleType
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import fusion, parametrize
+from torch.nn.utils import fusion
 
 from reprolib.models import weight_in_place
 from reprolib.sparse import cpu, cuda
@@ -146,20 +146,16 @@ def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dens
     the kernels calculate in fp16 with fp32 sums.
 
     `device` moves the copy; by default it stays where the model is. Raises ValueError for a model in training mode and
-    for weights that a hook computes, and RuntimeError where the device's kernels can't run.
+    for weights that are computed anew at each forward pass, and RuntimeError where the device's kernels can't run.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode: call model.eval() first, batch norm is folded as it is then")
     if device is not None:
         _backend(torch.device(device))
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not parametrize.is_parametrized(module, "weight"):
-            weight_in_place(module, name)  # one that a hook computes may be out of date
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    model = _sparsified(model, dense).eval().requires_grad_(False)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            weight_in_place(module, name)
+    model = _sparsified(copy.deepcopy(model), dense).eval().requires_grad_(False)
     return model if device is None else model.to(device)
 
 
