@@ -159,6 +159,21 @@ def test_variations_name_the_one_thing_that_differs():
     assert named["variation"].to_list() == ["default", "8 epochs", "one-shot schedule", "split 0.25", "fine-tuning"]
 
 
+def test_variations_show_what_they_cost_beside_what_they_gain():
+    rows = [
+        {"variation": name, "accuracy_pct": accuracy, "flops": flops}
+        for name, accuracy, flops in (
+            ("default", 74.0, 2.5e6),
+            ("sensitivity ratios", 81.0, 6e6),
+            ("default", 75.0, 2.5e6),
+        )
+    ]
+    axes = accuracy_figures.variation_dots(pd.DataFrame(rows).assign(target_sparsity=0.95)).axes
+    dots = [np.concatenate([c.get_offsets()[:, 0] for c in axis.collections]).tolist() for axis in axes]
+    assert sorted(dots[0]) == [74.0, 75.0, 81.0] and sorted(dots[1]) == [2.5, 2.5, 6.0]
+    assert [axis.lines[0].get_xdata()[0] for axis in axes] == [74.5, 2.5]
+
+
 def test_budget_curve_goes_over_the_epochs_of_default_hybrids():
     rows = [
         {"variation": name, "epochs": epochs, "accuracy_validation_pct": validation, "accuracy_pct": test}
