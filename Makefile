@@ -28,7 +28,7 @@ data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
 	$(BIN)/python -c 'from reprolib.training import data; [print(name, len(data.load(name).train), "training images") for name in data.NAMES]'
 
 test: env lint ## run all tests, every notebook included
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -42,19 +42,6 @@ def test_plan_is_trained_once_and_what_fails_is_named(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")} == written
 
 
-def test_process_that_dies_is_reported_and_the_others_go_on(tmp_path):
-    deadly = Deadly("digits", DENSE.recipe, DENSE.width, seed=9)
-    [error] = train([deadly, DENSE], tmp_path / "runs")
-    assert error.startswith("digits, seed 9, dense: its process died (see ")
-    assert experiments.is_done(DENSE, tmp_path / "runs")
-
-
-def test_a_dead_process_is_replaced(tmp_path):
-    deadly = [Deadly("digits", DENSE.recipe, DENSE.width, seed=seed) for seed in (8, 9)]
-    errors = train([*deadly, DENSE], tmp_path / "runs", workers=1)
-    assert len(errors) == 2 and experiments.is_done(DENSE, tmp_path / "runs")
-
-
 class Faulty(Dense):
     """Fails in a way that nobody foresees, in the process that trains it."""
 
@@ -62,11 +49,16 @@ class Faulty(Dense):
         return Faulty, (self.dataset, self.recipe, self.width, (), self.seed), {"recipe": None}
 
 
-def test_unforeseen_error_is_named_and_the_plan_goes_on(tmp_path):
+def test_dead_processes_and_unforeseen_errors_are_named_and_the_plan_goes_on(tmp_path):
+    """One process at a time: each that is lost is replaced."""
+    deadly = [Deadly("digits", DENSE.recipe, DENSE.width, seed=seed) for seed in (8, 9)]
     faulty = Faulty("digits", DENSE.recipe, DENSE.width, seed=7)
-    [error] = train([faulty, DENSE], tmp_path / "runs", workers=1)
-    assert "AttributeError" in error
-    assert "training.log" in error and experiments.is_done(DENSE, tmp_path / "runs")
+    *died, failed = train([*deadly, faulty, DENSE], tmp_path / "runs", workers=1)
+    assert [error.split(" (see ")[0] for error in died] == [
+        f"digits, seed {seed}, dense: its process died" for seed in (8, 9)
+    ]
+    assert "AttributeError" in failed and "training.log" in failed
+    assert experiments.is_done(DENSE, tmp_path / "runs")
 
 
 ORPHAN = """

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from reprolib.sparse import cpu
 from reprolib.sparse.cpu import layout, packing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def numbers(*shape, seed, whole=True):

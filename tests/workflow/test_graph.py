@@ -28,6 +28,23 @@ def make(*arguments, **environment):
 
 
 @pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Ask in this process for what is refused: the lines that the user sees."""
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    monkeypatch.setattr(graph.signal, "signal", lambda *_: None)
+
+    def ask(*arguments):
+        monkeypatch.setattr(sys, "argv", ["graph", "--cores", "2", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            graph.main()
+        assert stop.value.code not in (0, None)
+        told = capsys.readouterr().err + (stop.value.code if isinstance(stop.value.code, str) else "")
+        return told.strip().splitlines()
+
+    return ask
+
+
+@pytest.fixture
 def notebook(tmp_path, write_notebook):
     """A notebook with two parameters that writes its table and fails for n = 13."""
     return write_notebook(
@@ -77,10 +94,9 @@ def test_failing_point_is_reported_and_the_others_are_kept(notebook, tmp_path):
         ({"n": 1}, "must map each parameter to a list of values"),
     ],
 )
-def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path):
-    done = make("sweep", "--notebook", notebook, "--grid", write_grid(tmp_path, **grid), REPROLIB_HOME=str(tmp_path))
-    assert done.returncode == 1
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path, refused):
+    [line] = refused("sweep", "--notebook", notebook, "--grid", write_grid(tmp_path, **grid))
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -94,16 +110,20 @@ def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path):
         (["sweep", "--notebook", "02", "--grid", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_wrong_call_gets_one_clear_line(arguments, message, tmp_path):
-    done = make(*arguments, REPROLIB_HOME=str(tmp_path))
-    assert done.returncode == 1
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_wrong_call_gets_one_clear_line(arguments, message, refused):
+    [line] = refused(*arguments)
+    assert message in line
 
 
-def test_folder_that_cannot_be_written_is_named(tmp_path):
+def test_refusal_ends_the_command_with_an_error(tmp_path):
+    done = make("figures", "--profile", "quick", REPROLIB_HOME=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.startswith("error: no results in ")
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, refused):
     (tmp_path / "file").write_text("")
-    done = make("reproduce", "--profile", "quick", REPROLIB_HOME=str(tmp_path / "file"))
-    assert done.returncode == 1 and str(tmp_path / "file") in done.stderr
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path / "file"))
+    assert str(tmp_path / "file") in refused("reproduce", "--profile", "quick")[-1]
 
 
 @pytest.mark.parametrize("profile", profiles.names())
@@ -155,9 +175,8 @@ def test_budget_is_a_time(text, expected):
     ("budget", "message"),
     [("20", "'20' is not understood: write 90s, 20m or 1h30m"), ("2m", "a budget of 120 s is too short")],
 )
-def test_wrong_budget_is_refused(budget, message, tmp_path):
-    done = make("reproduce", "--profile", "quick", "--budget", budget, REPROLIB_HOME=str(tmp_path))
-    assert done.returncode != 0 and message in done.stderr
+def test_wrong_budget_is_refused(budget, message, refused):
+    assert message in refused("reproduce", "--profile", "quick", "--budget", budget)[-1]
 
 
 def test_tables_hold_what_has_a_record_and_keep_earlier_rows(tmp_path, monkeypatch):
