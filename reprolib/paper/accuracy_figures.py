@@ -14,9 +14,12 @@ from reprolib.paper.drawing import (
     VERDICT_COLORS,
     mean_sd,
     method_line,
+    nothing,
     ordered,
     sparsity_axis,
 )
+
+NOT_TRAINED = "these networks are not trained yet: make reproduce goes on with them"
 
 
 def accuracy_vs_sparsity(accuracy: pd.DataFrame) -> Figure:
@@ -83,6 +86,8 @@ def accuracy_table(accuracy: pd.DataFrame) -> pd.DataFrame:
 def bank_block_heatmap(ablations: pd.DataFrame) -> Figure:
     """Mean test accuracy of plain hybrids over bank (K) and block size (R = S) at one sparsity."""
     rows = ablations[ablations["spec"].str.fullmatch(r"Balanced\(\d+\) & Block\(\d+, \d+\)") & plain(ablations)]
+    if rows.empty:
+        return nothing(NOT_TRAINED)
     rows = rows.astype({"bank": int, "block_rows": int})
     grid = rows.pivot_table(index="bank", columns="block_rows", values="accuracy_pct").sort_index(ascending=False)
     figure, axis = plt.subplots(figsize=(1.25 * grid.shape[1] + 2.6, 0.85 * grid.shape[0] + 1.6), layout="constrained")
@@ -149,6 +154,8 @@ def variation_dots(rows: pd.DataFrame) -> Figure:
 
     The default is a line in both panels: a variation that is more accurate and keeps more FLOPs is no gift.
     """
+    if rows.empty:
+        return nothing(NOT_TRAINED)
     order = rows.groupby("variation")["accuracy_pct"].mean().sort_values(ascending=False).index
     rows = rows.assign(mflop=rows["flops"] / 1e6, is_default=rows["variation"] == "default")
     figure, axes = plt.subplots(
@@ -180,6 +187,8 @@ def variation_dots(rows: pd.DataFrame) -> Figure:
 def retraining_budget(rows: pd.DataFrame) -> Figure:
     """Accuracy over epochs of retraining, out of `variations`: validation, which may decide, and test beside it."""
     longer = rows[(rows["variation"] == "default") | rows["variation"].str.contains(r" epochs?$")]
+    if longer.empty:
+        return nothing(NOT_TRAINED)
     means = longer.groupby("epochs")[["accuracy_validation_pct", "accuracy_pct"]].mean()
     color = STYLE["hybrid"][0]
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")

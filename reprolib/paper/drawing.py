@@ -110,3 +110,11 @@ def sparsity_axis(axis: plt.Axes, targets: list[float]) -> None:
 def mean_sd(values: pd.Series) -> str:
     """ "mean ± SD", or the value alone if there is one."""
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def nothing(text: str) -> Figure:
+    """A figure that says what is missing."""
+    figure, axis = plt.subplots(figsize=(8, 1))
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, text, ha="center", va="center")
+    return figure

@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from reprolib.paper.drawing import DATASETS, label, method_line, ordered, sparsity_axis, style
+from reprolib.paper.drawing import DATASETS, label, method_line, nothing, ordered, sparsity_axis, style
 
 DENSE = "#333333"
 DENSE_FILLS = ("#333333", "white", "#BBBBBB")  # the best dense path, our kernels, the other type
@@ -25,7 +25,7 @@ def roofline(layers: pd.DataFrame, sparsity: float, ceilings: tuple[float, float
     `ceilings` are GFLOP/s and GB/s that the same machine reaches at most; below them lies the roof.
     """
     if layers.empty:
-        return _nothing("no single layers were timed: make bench does that, for full VGG-16")
+        return nothing("no single layers were timed: make bench does that, for full VGG-16")
     kernel_type = layers.loc[layers["ours"], "dtype"].iloc[0]
     dense = layers[~layers["ours"] & (layers["dtype"] == kernel_type)]
     pruned = layers[layers["ours"] & (layers["target_sparsity"] == sparsity)]
@@ -165,7 +165,7 @@ def accuracy_vs_latency(points: pd.DataFrame, front: Callable[[pd.DataFrame], pd
     what `front` returns of a panel's points.
     """
     if points.empty:
-        return _nothing(NO_NETWORKS)
+        return nothing(NO_NETWORKS)
     grid = points.groupby(["dataset", "batch"], sort=True)
     datasets, batches = points["dataset"].unique(), sorted(points["batch"].unique())
     figure, axes = plt.subplots(
@@ -206,7 +206,7 @@ def accuracy_vs_latency(points: pd.DataFrame, front: Callable[[pd.DataFrame], pd
 def theoretical_vs_measured(points: pd.DataFrame) -> Figure:
     """Measured speedup over the one that FLOPs promise (see `analysis.accuracy_and_latency`); one panel per batch."""
     if points.empty:
-        return _nothing(NO_NETWORKS)
+        return nothing(NO_NETWORKS)
     points = points[points["dataset"] == points["dataset"].iloc[0]]  # the data set changes neither of them
     batches = sorted(points["batch"].unique())
     figure, axes = plt.subplots(
@@ -240,14 +240,6 @@ def _star(fill: str) -> dict:
         "linestyle": "",
         "zorder": 4,
     }
-
-
-def _nothing(text: str) -> Figure:
-    """A figure that says what is missing."""
-    figure, axis = plt.subplots(figsize=(8, 1))
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, text, ha="center", va="center")
-    return figure
 
 
 def _machine(rows: pd.DataFrame) -> str:

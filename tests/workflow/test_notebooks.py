@@ -93,6 +93,21 @@ def test_tables_of_an_unfinished_run_can_be_drawn(trained, tmp_path, monkeypatch
     assert set(records.read_csv(paths.claims_csv("laptop"))["verdict"]) <= {"undecided", "no data", "for orientation"}
 
 
+@pytest.mark.parametrize("kept", [lambda row: row["schedule"] == "one-shot", lambda row: row["group_lasso"] > 0])
+def test_ablations_of_an_unfinished_run_can_be_drawn(kept, tmp_path, monkeypatch):
+    """Neither the default hybrid nor a pair of mask rules is there to compare with."""
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    matplotlib.use("agg")
+    for table in (paths.accuracy_csv, paths.ablations_csv):
+        rows = records.read_csv(paths.ROOT / table("laptop").relative_to(tmp_path))
+        if table is paths.ablations_csv:
+            rows = rows[rows.apply(kept, axis=1)]
+            assert len(rows)
+        records.write_csv(table("laptop"), rows)
+    show(paths.notebook("04"))
+    assert (paths.figures("laptop") / "retraining_budget.svg").exists()
+
+
 @pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
 def test_has_the_form_of_the_house(notebook):
     cells = nbformat.read(notebook, as_version=4).cells
