@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,20 @@ def _ranked(scores: Tensor) -> Tensor:
 # --- The vocabulary -------------------------------------------------------------------------------------------------
 
 
+class Step(NamedTuple):
+    """Where a schedule of several steps stands: the mask of the step before (None at the first), and the sparsity at its
+    end. A hybrid adds `within` for its fine half, the weights that its coarse half has left: each group keeps its
+    share of those of its units that lie there.
+    """
+
+    alive: Tensor | None
+    target: float | None
+    within: Tensor | None = None
+
+
+NO_STEP = Step(None, None)
+
+
 @dataclass(frozen=True)
 class Pattern:
     """A sparsity pattern. Subclasses define how the GEMM view is cut and how its units are ranked:
@@ -131,27 +146,19 @@ class Pattern:
         """The pattern's name without its sizes, as it stands in tables: ``"block"``, ``"hybrid"`` ..."""
         return type(self).__name__.lower()
 
-    def mask(
-        self,
-        weight: Tensor,
-        sparsity: float,
-        alive: Tensor | None = None,
-        target: float | None = None,
-        within: Tensor | None = None,
-    ) -> Tensor:
+    def mask(self, weight: Tensor, sparsity: float, step: Step | None = None) -> Tensor:
         """Bool mask shaped like `weight`, on its device; True = keep the weight.
 
         In each group of n units exactly floor(sparsity * n + 0.5) are pruned, those with the smallest scores; ties go
         by position and at least one unit stays. To get the random control of a pattern, pass random numbers of the
         weight's shape instead of the weight.
 
-        A schedule that prunes in steps passes `alive`, the mask of the step before, and `target`, the sparsity at its
-        end (`sparsity` by default): what `alive` has pruned stays pruned. A hybrid passes to its fine half `within`,
-        the weights that its coarse half has left: each group keeps its share of those units of it that lie there.
+        A schedule that prunes in steps says where it stands: what its mask has pruned stays pruned.
 
         Raises ValueError for sparsities outside [0, 1) and for a weight that is not finite, not of a floating type, or
         without a GEMM view.
         """
+        alive, _, within = step or NO_STEP
         scores = self.unit_scores(weight, alive)
         check_sparsity(sparsity)
         units = scores.shape[1]
@@ -291,19 +298,12 @@ class NM(Pattern):
         if self.n > self.m:
             raise ValueError(f"NM keeps n of m weights: n = {self.n} must not be larger than m = {self.m}")
 
-    def mask(
-        self,
-        weight: Tensor,
-        sparsity: float,
-        alive: Tensor | None = None,
-        target: float | None = None,
-        within: Tensor | None = None,
-    ) -> Tensor:
+    def mask(self, weight: Tensor, sparsity: float, step: Step | None = None) -> Tensor:
         """As `Pattern.mask`, with a sparsity of 1 - n / m: at once, or at most that much on the way to a `target`."""
         check_sparsity(sparsity)
-        on_the_way = target is not None and sparsity < target
+        on_the_way = step is not None and step.target is not None and sparsity < step.target
         due = min(sparsity, 1 - self.n / self.m) if on_the_way else 1 - self.n / self.m
-        return Balanced(self.m, order=self.order).mask(weight, due, alive, within=within)
+        return Balanced(self.m, order=self.order).mask(weight, due, step)
 
     def scores(self, matrix: Tensor) -> Tensor:
         return Balanced(self.m).scores(matrix)
@@ -363,57 +363,44 @@ class Hybrid(Pattern):
         if isinstance(self.fine, NM) and self.split != 0.5:
             raise ValueError(f"{self.fine} takes its own share of every target: leave split={self.split:g} out")
 
-    def mask(
-        self,
-        weight: Tensor,
-        sparsity: float,
-        alive: Tensor | None = None,
-        target: float | None = None,
-        within: Tensor | None = None,
-    ) -> Tensor:
+    def mask(self, weight: Tensor, sparsity: float, step: Step | None = None) -> Tensor:
         """As `Pattern.mask`; the achieved sparsity is within one coarse unit of the target if the halves allow it."""
-        fine, coarse = self.halves(weight, sparsity, alive, target, within)
+        fine, coarse = self.halves(weight, sparsity, step)
         return fine & coarse  # THE AND of the paper
 
-    def halves(
-        self,
-        weight: Tensor,
-        sparsity: float,
-        alive: Tensor | None = None,
-        target: float | None = None,
-        within: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def halves(self, weight: Tensor, sparsity: float, step: Step | None = None) -> tuple[Tensor, Tensor]:
         """The fine and the coarse mask whose AND meets `sparsity`.
 
         On the way to a `target` the coarse half keeps at least the units that it needs there. Without that bound it
         would prune more of them than the target has room for, as long as the fine half keeps more weights of each.
         """
         check_sparsity(sparsity)
+        alive, target, within = step or NO_STEP
         target = sparsity if target is None else target
-        fine = self._fine_mask(weight, sparsity, alive, target, within)
+        fine = self._fine_mask(weight, sparsity, Step(alive, target, within))
         ranks, units = self.coarse.ranks(weight * fine if self.rescore else weight, alive)
         count = _units_to_keep(ranks, units, fine, fine, _wanted(weight, sparsity, within))
         if target > sparsity:
             there = torch.ones_like(fine) if alive is None else self.coarse.units_with(alive, weight)
-            fine_at_the_end = self._fine_mask(weight, target, alive, target, within)
+            fine_at_the_end = self._fine_mask(weight, target, Step(alive, target, within))
             count = max(count, _units_to_keep(ranks, units, there, fine_at_the_end, _wanted(weight, target, within)))
         return fine, ranks < count
 
-    def _fine_mask(
-        self, weight: Tensor, sparsity: float, alive: Tensor | None, target: float, within: Tensor | None
-    ) -> Tensor:
+    def _fine_mask(self, weight: Tensor, sparsity: float, step: Step) -> Tensor:
         """The fine half's share of `sparsity`.
 
         Weights of coarse units that are gone take no part in it: else the fine half would keep more and more of the
         units that are left. Where that would leave too few of them to meet `sparsity`, they take part after all.
         """
-        due, ends = (1.0 - round((1.0 - s) ** self.split, 12) for s in (sparsity, target))
-        if alive is not None:
-            left = self.coarse.units_with(alive, weight)
-            fine = self.fine.mask(weight, due, alive, ends, left if within is None else left & within)
-            if fine.sum() >= _wanted(weight, sparsity, within):
+        due, ends = (1.0 - round((1.0 - s) ** self.split, 12) for s in (sparsity, step.target))
+        step = step._replace(target=ends)
+        if step.alive is not None:
+            left = self.coarse.units_with(step.alive, weight)
+            left = left if step.within is None else left & step.within
+            fine = self.fine.mask(weight, due, step._replace(within=left))
+            if fine.sum() >= _wanted(weight, sparsity, step.within):
                 return fine
-        return self.fine.mask(weight, due, alive, ends, within)
+        return self.fine.mask(weight, due, step)
 
     @property
     def family(self) -> str:

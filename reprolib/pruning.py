@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reprolib.models import weights
-from reprolib.patterns import Block, Pattern, gemm_view, tile
+from reprolib.patterns import Block, Pattern, Step, gemm_view, tile
 
 SCHEDULES = ("one-shot", "gradual", "iterative")
 RATIOS = ("uniform", "global", "sensitivity")
@@ -51,8 +51,8 @@ def make_masks(
 ) -> dict[str, Tensor]:
     """One mask per weight, each pruned to its own sparsity. ``score="random"`` ranks random numbers instead.
 
-    In the steps of a schedule, `alive` holds the masks of the step before (empty at the first) and `targets` the
-    sparsities at the end, as `Pattern.mask` takes them.
+    In the steps of a schedule, `targets` holds the sparsities at the end and `alive` the masks of the step before, none
+    at the first: see `patterns.Step`.
     """
     if alive and alive.keys() != named.keys():
         raise ValueError(f"masks of {sorted(alive)} can't be the step before masks of {sorted(named)}")
@@ -60,8 +60,8 @@ def make_masks(
     masks = {}
     for name, weight in named.items():
         ranked = torch.rand(weight.shape, generator=generator).to(weight.device) if score == "random" else weight
-        target = targets[name] if targets else None
-        masks[name] = pattern.mask(ranked, sparsities[name], (alive or {}).get(name), target)
+        step = Step((alive or {}).get(name), targets[name]) if targets else None
+        masks[name] = pattern.mask(ranked, sparsities[name], step)
     return masks
 
 

@@ -15,6 +15,7 @@ from reprolib.patterns import (
     Block,
     Hybrid,
     Pattern,
+    Step,
     Unstructured,
     Vector,
     fitting_bank,
@@ -593,14 +594,14 @@ def test_n_of_m_must_be_possible(text):
 
 def test_two_of_four_are_reached_in_steps():
     weight = torch.tensor([[4.0, -3.0, 2.0, 1.0]])
-    kept = [NM(2, 4).mask(weight, due, target=0.5).int().tolist() for due in (0.0, 0.25, 0.5)]
+    kept = [NM(2, 4).mask(weight, due, Step(None, 0.5)).int().tolist() for due in (0.0, 0.25, 0.5)]
     assert kept == [[[1, 1, 1, 1]], [[1, 1, 1, 0]], [[1, 1, 0, 0]]]
 
 
 def test_pruned_units_rank_behind_kept_ones_that_are_zero():
     weight, alive = torch.tensor([[0.0, 0.0, 0.0, 5.0]]), torch.tensor([[False, True, False, True]])
-    assert Unstructured().mask(weight, 0.5, alive).tolist() == alive.tolist()
-    assert Balanced(2).mask(weight, 0.5, alive).tolist() == alive.tolist()
+    assert Unstructured().mask(weight, 0.5, Step(alive, 0.5)).tolist() == alive.tolist()
+    assert Balanced(2).mask(weight, 0.5, Step(alive, 0.5)).tolist() == alive.tolist()
     assert Vector(1).ranks(weight, alive)[0].tolist() == [[2, 1, 3, 0]]
 
 
@@ -609,7 +610,7 @@ def test_hybrid_on_its_way_keeps_the_blocks_that_it_needs_at_the_end():
     of a bank still stay, and nine blocks would meet what is due."""
     weight = torch.arange(1.0, 513.0).reshape(8, 64)
     pattern = Balanced(8) & Block(1, 8)
-    on_its_way = pattern.mask(weight, 0.9645, target=0.98)
+    on_its_way = pattern.mask(weight, 0.9645, Step(None, 0.98))
     assert pattern.mask(weight, 0.9645).reshape(64, 8).sum(dim=1).unique(return_counts=True)[1].tolist() == [55, 9]
     assert on_its_way.reshape(64, 8).sum(dim=1).tolist() == 54 * [0] + 10 * [2]
-    assert pattern.mask(weight, 0.98, on_its_way).reshape(64, 8).sum(dim=1).tolist() == 54 * [0] + 10 * [1]
+    assert pattern.mask(weight, 0.98, Step(on_its_way, 0.98)).reshape(64, 8).sum(dim=1).tolist() == 54 * [0] + 10 * [1]
