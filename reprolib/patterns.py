@@ -24,6 +24,7 @@ from reprolib import checks
 
 ORDERS = ("channels_last", "channels_first")
 NORMS = ("l1", "l2", "max", "mean")
+CHECKS = {"int": checks.whole, "float": checks.number, "bool": checks.flag}  # by type of a pattern's field
 
 
 # --- The GEMM view --------------------------------------------------------------------------------------------------
@@ -100,9 +101,10 @@ def _ranked(scores: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """Where a schedule of several steps stands: the mask of the step before (None at the first), and the sparsity at its
-    end. A hybrid adds `within` for its fine half, the weights that its coarse half has left: each group keeps its
-    share of those of its units that lie there.
+    """Where a schedule of steps stands: the mask of the step before (None at the first), and the sparsity at its end.
+
+    A hybrid adds `within` for its fine half, the weights that its coarse half has left: each group keeps its share of
+    those of its units that lie there.
     """
 
     alive: Tensor | None
@@ -135,11 +137,10 @@ class Pattern:
         """Checks every field by its type, and brings it into its one normal form: equal patterns have one text form."""
         checks.choice("column order", self.order, ORDERS)
         for f in fields(self):
-            check = {"int": checks.whole, "float": checks.number, "bool": checks.flag}.get(
-                getattr(f.type, "__name__", f.type)
-            )
-            if check:
-                object.__setattr__(self, f.name, check(f"{type(self).__name__}: {f.name}", getattr(self, f.name)))
+            kind = getattr(f.type, "__name__", f.type)  # a notebook's fields have types, a module's their names
+            if kind in CHECKS:
+                value = CHECKS[kind](f"{type(self).__name__}: {f.name}", getattr(self, f.name))
+                object.__setattr__(self, f.name, value)
 
     @property
     def family(self) -> str:
@@ -167,10 +168,9 @@ class Pattern:
             keep = keep_largest(scores, count)
         else:
             real, there = (self._units_in(m, scores).sum(dim=1) for m in (torch.ones_like(within), within))
-            shares = (
-                (there * real.clamp(max=count) / real).cumsum(0).add(0.5).floor()
-            )  # what one group lacks, the next gets
-            keep = _ranked(scores) < shares.diff(prepend=shares.new_zeros(1))[:, None]
+            shares = there * real.clamp(max=count) / real
+            kept_so_far = (shares.cumsum(0) + 0.5).floor()  # what rounding takes from one group, the next one gets
+            keep = _ranked(scores) < kept_so_far.diff(prepend=kept_so_far.new_zeros(1))[:, None]
         mask = self._spread_over(weight, keep)
         return mask if alive is None else mask & alive
 
