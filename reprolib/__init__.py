@@ -1,3 +1,3 @@
 """reprolib: structural pruning without a regularizer, as a paper you can run."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

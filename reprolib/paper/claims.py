@@ -24,6 +24,7 @@ CLAIMS = {
 }
 BETWEEN = "hybrid between block and balanced"
 LATENCY_UNIT = "% of latency"
+_DENSE = "accuracy_dense_pct"  # tells dense networks of one seed, trained on different machines, apart
 _ACCURACY_RIVALS = {1: "block", 2: "balanced", 5: "block-group-lasso"}
 
 
@@ -48,11 +49,14 @@ def verdict(low: float, high: float) -> str:
 
 
 def paired_differences(accuracy: pd.DataFrame, rival: str) -> pd.DataFrame:
-    """Accuracy of hybrid minus that of `rival` in points, index (target_sparsity), columns seeds, of one data set."""
-    grid = accuracy.pivot_table(index=["target_sparsity", "seed"], columns="pattern", values="accuracy_pct")
+    """Accuracy of hybrid minus that of `rival` in points, index (target_sparsity), columns seeds, of one data set.
+
+    A pair starts from one dense network: rows of another machine, whose dense network has another accuracy, are none.
+    """
+    grid = accuracy.pivot_table(index=["target_sparsity", "seed", _DENSE], columns="pattern", values="accuracy_pct")
     if not {"hybrid", rival} <= set(grid.columns):
         return pd.DataFrame()
-    return (grid["hybrid"] - grid[rival]).dropna().unstack("seed")
+    return (grid["hybrid"] - grid[rival]).dropna().droplevel(_DENSE).unstack("seed")
 
 
 def reached_sparsity(accuracy: pd.DataFrame, drop: float) -> float:
@@ -164,7 +168,7 @@ def _reach_row(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> di
 def _complete_pairs(group: pd.DataFrame, rival: str) -> pd.DataFrame:
     """Rows of hybrid and `rival` at sparsities that a seed has of both, of the seeds that have all such sparsities."""
     pairs = group[group["pattern"].isin(["hybrid", rival])]
-    pairs = pairs[pairs.groupby(["seed", "target_sparsity"])["pattern"].transform("nunique") == 2]
+    pairs = pairs[pairs.groupby(["seed", "target_sparsity", _DENSE])["pattern"].transform("nunique") == 2]
     tested = pairs.groupby("seed")["target_sparsity"].transform("nunique")
     return pairs[tested == pairs["target_sparsity"].nunique()]
 

@@ -64,6 +64,17 @@ def test_two_networks_of_one_method_sparsity_and_seed_decide_nothing():
         claims.decide(pd.concat([specs, other]))
 
 
+def test_networks_that_start_from_different_dense_ones_are_no_pair():
+    """As where some rows of a table were trained on another machine."""
+    both = {("hybrid", 0.9): [89.5, 89.6], ("block", 0.9): [88.0, 88.2]}
+    frame = accuracy_frame(both)
+    elsewhere = (frame["pattern"] == "block") & (frame["seed"] == 1)
+    frame.loc[elsewhere, "accuracy_dense_pct"] += 0.01
+    row = deciding(frame, 1)
+    assert (row["seeds"], row["difference"]) == (1, pytest.approx(1.5))
+    assert deciding(frame, 3, "block, drop of 1")["seeds"] == 1
+
+
 def test_differences_are_paired_by_seed():
     # Seeds differ by whole points, the difference of each pair is exactly 0.1 or 0.2.
     frame = accuracy_frame({("hybrid", 0.95): [80.2, 85.2, 90.1], ("block", 0.95): [80.0, 85.0, 90.0]})
