@@ -29,7 +29,7 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
         output:
             notebook="{point}.ipynb",
         params:
-            json=lambda wildcards: json.dumps(plan["jobs"][wildcards.point]),
+            json=lambda wildcards: json.dumps(plan["jobs"][wildcards.point], sort_keys=True),
         resources:
             gpu=1,
         shell:

@@ -1,5 +1,9 @@
 """Shared by all tests: one thread, repeatable hypothesis examples, small data and small networks."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # also of notebooks and commands that tests start: two tests run side by side
+
 from dataclasses import replace
 
 import nbformat

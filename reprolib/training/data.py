@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from reprolib.files import paths
@@ -128,7 +127,9 @@ def _digits() -> Dataset:
 
 
 def _read_cifar(name: str, root: Path):
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    from torchvision import datasets  # here: it takes a second, in every process that imports reprolib.training
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     folder = root / source.base_folder
     if not folder.exists():
         _download(source, root)
@@ -136,7 +137,7 @@ def _read_cifar(name: str, root: Path):
         path = folder / filename
         if not path.exists():
             raise ValueError(f"{name} is incomplete: {path} is missing; delete {folder} and get it again (make data)")
-        if not torchvision.datasets.utils.check_md5(path, md5):
+        if not datasets.utils.check_md5(path, md5):
             raise ValueError(f"{path} is damaged (md5 is not {md5}): delete {folder} and get it again (make data)")
     train, test = source(root, train=True), source(root, train=False)
     found = len(train.classes), len(train.data), len(test.data)

@@ -1,4 +1,5 @@
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -60,31 +61,25 @@ def write_grid(folder, **grid):
     return folder / "grid.yaml"
 
 
-def test_sweep_runs_every_point_once_and_joins_the_tables(notebook, tmp_path):
-    grid = write_grid(tmp_path, n=[2, 3], k=[5, 7])
-    done = make("sweep", "--notebook", notebook, "--grid", grid, REPROLIB_HOME=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / "results" / "sweeps" / "50-grid.csv")
-    assert table["product"].to_list() == [10, 14, 15, 21]
-    assert table["sweep_n"].to_list() == [2, 2, 3, 3] and table["sweep_k"].to_list() == [5, 7, 5, 7]
+def test_sweep_keeps_what_it_has_and_joins_the_tables(notebook, tmp_path):
+    def sweep(**grid):
+        return make(
+            "sweep", "--notebook", notebook, "--grid", write_grid(tmp_path, **grid), REPROLIB_HOME=str(tmp_path)
+        )
 
-    executed = {path: path.stat().st_mtime_ns for path in (tmp_path / "results/sweeps/50-grid").glob("*.ipynb")}
-    assert len(executed) == 4
-    write_grid(tmp_path, n=[2, 3, 4], k=[5, 7])
-    assert make("sweep", "--notebook", notebook, "--grid", grid, REPROLIB_HOME=str(tmp_path)).returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in executed} == executed, "what was done is not run again"
-    assert len(pd.read_csv(tmp_path / "results" / "sweeps" / "50-grid.csv")) == 6
-
-
-def test_failing_point_is_reported_and_the_others_are_kept(notebook, tmp_path):
-    grid = write_grid(tmp_path, n=[12, 13])
-    done = make("sweep", "--notebook", notebook, "--grid", grid, REPROLIB_HOME=str(tmp_path))
-    assert done.returncode == 1
-    assert "ValueError: unlucky number" in done.stderr
     folder = tmp_path / "results" / "sweeps" / "50-grid"
-    assert [
-        json.loads((folder / "plan.json").read_text())["jobs"][path.stem]["n"] for path in folder.glob("*.csv")
-    ] == [12]
+    failed = sweep(n=[2, 13], k=[5])
+    assert failed.returncode == 1 and "ValueError: unlucky number" in failed.stderr
+    [table] = folder.glob("*.csv")
+    assert json.loads((folder / "plan.json").read_text())["jobs"][table.stem]["n"] == 2
+    executed = table.with_suffix(".ipynb").stat().st_mtime_ns
+
+    done = sweep(k=[5, 7], n=[2])
+    assert done.returncode == 0, done.stderr
+    assert table.with_suffix(".ipynb").stat().st_mtime_ns == executed, "what was done is not run again"
+    joined = pd.read_csv(folder.with_suffix(".csv"))
+    assert joined["product"].to_list() == [10, 14]
+    assert joined["sweep_n"].to_list() == [2, 2] and joined["sweep_k"].to_list() == [5, 7]
 
 
 @pytest.mark.parametrize(
@@ -126,44 +121,59 @@ def test_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, refused):
     assert str(tmp_path / "file") in refused("reproduce", "--profile", "quick")[-1]
 
 
-@pytest.mark.parametrize("profile", profiles.names())
-def test_graph_of_every_profile_can_be_planned(profile, tmp_path):
-    for table in (paths.accuracy_csv, paths.ablations_csv):
+PLANNING = """
+import sys
+from snakemake.cli import main
+
+for profile in sys.argv[3:]:
+    arguments = ["all", "--dry-run", "--snakefile", sys.argv[1], "--directory", sys.argv[2]]
+    try:
+        main([*arguments, "--config", f"profile={profile}"])
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"{profile} cannot be planned")
+"""
+
+
+def test_graph_of_every_profile_can_be_planned(tmp_path):
+    for profile, table in itertools.product(profiles.names(), (paths.accuracy_csv, paths.ablations_csv)):
         path = tmp_path / table(profile).relative_to(paths.home())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    command = [sys.executable, "-m", "snakemake", "all", "--dry-run", "--snakefile", paths.ROOT / "Snakefile"]
-    command += ["--directory", tmp_path, "--config", f"profile={profile}"]
+    command = [sys.executable, "-c", PLANNING, paths.ROOT / "Snakefile", tmp_path, *profiles.names()]
     environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
     planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert planned.stdout.count("accuracy_figure") >= len(profiles.names())
 
 
 # --- Reproducing ------------------------------------------------------------------------------------------------------
 
 
-def test_budget_trains_draws_and_goes_on(tmp_path):
+def test_budget_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     """A dry run of the quick profile, in two parts: rows of the first part stay, whatever becomes of its folders."""
-
-    def reproduce():
-        return make("reproduce", "--profile", "quick-dry-run", "--budget", "4m", REPROLIB_HOME=str(tmp_path))
-
-    results, drawn = tmp_path / "results" / "quick-dry-run", tmp_path / "figures" / "quick-dry-run"
-    plan = profiles.load("quick-dry-run").plan()
-    done = reproduce()
-    assert done.returncode == 0, done.stderr
+    profile, budget_s = profiles.load("quick-dry-run"), 240
+    results, drawn = tmp_path / "results" / profile.name, tmp_path / "figures" / profile.name
+    plan = profile.plan()
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    with monkeypatch.context() as first:
+        first.setattr(graph, "DRAWING", {"anatomy": []})
+        graph.reproduce(profile, 2, budget_s)
     accuracy = pd.read_csv(results / "accuracy.csv")
     assert len(accuracy) + len(pd.read_csv(results / "ablations.csv")) >= len(plan)
+    assert [path.name for path in sorted(drawn.iterdir())] == ["mask_anatomy.png", "mask_anatomy.svg"]
+    assert f"numbers: {results / 'accuracy.csv'}" in capsys.readouterr().out
+
+    shutil.rmtree(results / "runs" / plan[-1].run_id)
+    shutil.rmtree(results / "runs" / accuracy["run_id"][0])
+    done = make("reproduce", "--profile", profile.name, "--budget", f"{budget_s}s")
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(results / "accuracy.csv")) == len(accuracy)
+    assert all(experiments.is_done(experiment, results / "runs") for experiment in plan)
     assert (drawn / "accuracy_vs_sparsity.svg").exists()
     assert not (drawn / "latency_vs_sparsity.svg").exists() and not (drawn / "roofline.svg").exists()
     claims = pd.read_csv(results / "claims.csv").set_index("claim")
     assert claims.loc[4, "verdict"] == "no data" and "make bench" in claims.loc[4, "remark"]
-
-    shutil.rmtree(results / "runs" / plan[-1].run_id)
-    shutil.rmtree(results / "runs" / accuracy["run_id"][0])
-    assert reproduce().returncode == 0
-    assert len(pd.read_csv(results / "accuracy.csv")) == len(accuracy)
-    assert all(experiments.is_done(experiment, results / "runs") for experiment in plan)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])

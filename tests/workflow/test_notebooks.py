@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,8 +64,8 @@ def test_runs_on_its_defaults(notebook, home, tmp_path):
         assert (home / name).stat().st_size > 0
 
 
-def show(notebook):
-    """Run the code of a notebook in this process, and render what its cells would show."""
+def show(notebook, **parameters):
+    """Run the code of a notebook in this process, with these parameters, and render what its cells would show."""
     names = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type == "code":
@@ -73,6 +74,8 @@ def show(notebook):
             exec(compile(ast.Module(body, []), notebook.stem, "exec"), names)
             value = last and eval(compile(ast.Expression(last.value), notebook.stem, "eval"), names)
             getattr(value, "_repr_html_", lambda: None)()
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= parameters
     matplotlib.pyplot.close("all")
 
 
@@ -147,16 +150,30 @@ def command_line(*arguments):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"sparsities": [1.5]}, "error: out: ValueError: sparsity must lie in [0, 1), not 1.5"),
-        ({"pattern": "Blok(4, 4)"}, "error: out: ValueError: unknown pattern 'Blok'"),
-        ({"sparsity": 0.5}, "error: 02_prune_and_retrain has no parameter sparsity: it knows profile, dataset"),
+        ({"sparsities": [1.5]}, "sparsity must lie in [0, 1), not 1.5"),
+        ({"pattern": "Blok(4, 4)"}, "unknown pattern 'Blok'"),
     ],
 )
-def test_wrong_input_gets_one_clear_line(parameters, message, home, tmp_path):
-    done = command_line("02", tmp_path / "out.ipynb", "--parameters", json.dumps(parameters))
+def test_wrong_input_is_refused(parameters, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    matplotlib.use("agg")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        show(paths.notebook("02"), **parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"alpha": 13}, "error: out: ValueError: unlucky number"),
+        ({"beta": 0.5}, "error: n has no parameter beta: it knows alpha"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(parameters, message, tmp_path, write_notebook):
+    cells = "alpha: int = 1  # first", 'if alpha == 13:\n    raise ValueError("unlucky number")'
+    notebook = write_notebook(tmp_path / "n.ipynb", *cells)
+    done = command_line(notebook, tmp_path / "out.ipynb", "--parameters", json.dumps(parameters))
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(message)
+    assert done.stderr.strip().splitlines()[-1] == message
 
 
 def test_unknown_notebook_names_the_choice(tmp_path):
