@@ -1,11 +1,13 @@
 # The front door. `make help` lists what it opens; the graph itself is the Snakefile.
-PYTHON ?= python3
+PYTHON ?=
 PROFILE ?=
 BUDGET ?=
 CORES ?=
 DEVICE ?= cpu
 VENV := .venv
-BIN := $(VENV)/bin
+# Without what would make Python look elsewhere or leave things out.
+CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONSTARTUP -u PYTHONOPTIMIZE
+BIN := $(CLEAN) $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES))
 
 .DEFAULT_GOAL := help
@@ -14,15 +16,11 @@ GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES)
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(VENV)/.complete ## build the environment in .venv (the others do it themselves)
-
-$(VENV)/.complete: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	@touch $@
+env: ## build the environment in .venv, or again where it has become stale (the others do it themselves)
+	@test "$(words GNU make)" = 2 || { echo "error: this is not GNU make: call gmake"; exit 1; }
+	@command -v "$(or $(PYTHON),python3)" >/dev/null || \
+	  { echo "error: there is no $(or $(PYTHON),python3): name a Python with make PYTHON=python3.12"; exit 1; }
+	@$(CLEAN) "$(or $(PYTHON),python3)" -m reprolib.files.environment $(if $(PYTHON),--this-python)
 
 data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
 	$(BIN)/python -c 'from reprolib.training import data; [print(name, len(data.load(name).train), "training images") for name in data.NAMES]'

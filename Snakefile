@@ -1,6 +1,8 @@
-# The graph: which notebook makes which file out of which. `make` is its front door, reprolib/workflow/graph.py calls it.
+# The graph: which notebook makes which file out of which. `make` is its front door, reprolib/workflow/graph.py calls it,
+# in the folder of results. Paths of what it makes are relative, and those of notebooks come from functions: Snakemake
+# takes braces in any other path for wildcards.
 import json
-import shlex
+import os
 import sys
 from pathlib import Path
 
@@ -9,11 +11,15 @@ import torch
 from reprolib.experiments import profiles
 from reprolib.files import paths
 
+PYTHON = sys.executable
 RUN = (
-    "exec env OMP_NUM_THREADS={threads} "
-    + shlex.quote(sys.executable)
-    + " -m reprolib.workflow.notebooks {input.notebook:q} {output.notebook:q} --parameters {params.json:q}"
+    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m reprolib.workflow.notebooks"
+    " {input.notebook:q} {output.notebook:q} --parameters {params.json:q}"
 )
+
+
+def notebook(number):
+    return lambda wildcards: str(paths.notebook(number))
 
 
 if "plan" in config:  # make sweep: the points of a grid, each a run of one notebook
@@ -25,7 +31,7 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
 
     rule point:
         input:
-            notebook=plan["notebook"],
+            notebook=notebook(plan["notebook"]),
         output:
             notebook="{point}.ipynb",
         params:
@@ -38,12 +44,12 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
 
 else:  # make reproduce, make figures: one profile
     profile = profiles.load(config["profile"])
-    RESULTS, FIGURES = str(paths.results(profile.name)), str(paths.figures(profile.name))
-    EXECUTED, DEVICE = f"{RESULTS}/notebooks", "cuda" if torch.cuda.is_available() else "cpu"
+    FIGURES = os.path.relpath(paths.figures(profile.name), paths.results(profile.name))
+    EXECUTED, DEVICE = "notebooks", "cuda" if torch.cuda.is_available() else "cpu"
     # Written from the records of the trained networks before the graph runs.
-    ACCURACY = paths.accuracy_csv(profile.name)
-    ABLATIONS = [paths.ablations_csv(profile.name)] if profile.ablations else []
-    LATENCY = paths.latency_csv(profile.name)
+    ACCURACY = paths.accuracy_csv(profile.name).name
+    ABLATIONS = [paths.ablations_csv(profile.name).name] if profile.ablations else []
+    LATENCY, CLAIMS = paths.latency_csv(profile.name).name, paths.claims_csv(profile.name).name
 
     def drawn(*names):
         return [f"{FIGURES}/{name}.{suffix}" for name in names for suffix in ("svg", "png")]
@@ -58,7 +64,7 @@ else:  # make reproduce, make figures: one profile
         input:
             f"{EXECUTED}/01.ipynb",
             f"{EXECUTED}/02.ipynb",
-            f"{RESULTS}/claims.csv",
+            CLAIMS,
             drawn("mask_anatomy", "accuracy_vs_sparsity", "claims"),
             drawn("bank_block", "variations", "retraining_budget") if ABLATIONS else [],
             drawn("latency_vs_sparsity", "accuracy_vs_latency"),
@@ -69,7 +75,7 @@ else:  # make reproduce, make figures: one profile
     rule dense_report:
         input:
             ACCURACY,
-            notebook=paths.notebook("01"),
+            notebook=notebook("01"),
         output:
             notebook=f"{EXECUTED}/01.ipynb",
         params:
@@ -83,7 +89,7 @@ else:  # make reproduce, make figures: one profile
     rule pruning_report:
         input:
             ACCURACY,
-            notebook=paths.notebook("02"),
+            notebook=notebook("02"),
         output:
             notebook=f"{EXECUTED}/02.ipynb",
         params:
@@ -103,14 +109,13 @@ else:  # make reproduce, make figures: one profile
         resources:
             gpu=1,
         shell:
-            shlex.quote(sys.executable)
-            + f" -m reprolib.bench latency --own --profile {profile.name} --device {DEVICE} --output {{output:q}}"
+            "{PYTHON:q} -m reprolib.bench latency --own --profile {profile.name:q} --device {DEVICE} --output {output:q}"
 
     # --- Figures: these rules train nothing ---------------------------------------------------------------------------
 
     rule anatomy:
         input:
-            notebook=paths.notebook("00"),
+            notebook=notebook("00"),
         output:
             drawn("mask_anatomy"),
             notebook=f"{EXECUTED}/00.ipynb",
@@ -122,7 +127,7 @@ else:  # make reproduce, make figures: one profile
     rule accuracy_figure:
         input:
             ACCURACY,
-            notebook=paths.notebook("03"),
+            notebook=notebook("03"),
         output:
             drawn("accuracy_vs_sparsity"),
             tabled("accuracy"),
@@ -136,7 +141,7 @@ else:  # make reproduce, make figures: one profile
         input:
             ACCURACY,
             ABLATIONS,
-            notebook=paths.notebook("04"),
+            notebook=notebook("04"),
         output:
             drawn("bank_block", "variations", "retraining_budget"),
             notebook=f"{EXECUTED}/04.ipynb",
@@ -148,7 +153,7 @@ else:  # make reproduce, make figures: one profile
     rule kernel_figures:
         input:
             LATENCY,
-            notebook=paths.notebook("05"),
+            notebook=notebook("05"),
         output:
             drawn("latency_vs_sparsity"),  # and, where single layers were timed, roofline
             tabled("latency"),
@@ -162,7 +167,7 @@ else:  # make reproduce, make figures: one profile
         input:
             ACCURACY,
             LATENCY,
-            notebook=paths.notebook("06"),
+            notebook=notebook("06"),
         output:
             drawn("accuracy_vs_latency"),
             notebook=f"{EXECUTED}/06.ipynb",
@@ -175,11 +180,11 @@ else:  # make reproduce, make figures: one profile
         input:
             ACCURACY,
             LATENCY if config.get("latency", True) else [],  # claim 4 says what is missing
-            notebook=paths.notebook("07"),
+            notebook=notebook("07"),
         output:
             drawn("claims"),
             tabled("claims"),
-            f"{RESULTS}/claims.csv",
+            CLAIMS,
             notebook=f"{EXECUTED}/07.ipynb",
         params:
             json=parameters,

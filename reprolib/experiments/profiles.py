@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any, Required, get_type_hints
 
 import pandas as pd
-import yaml
+from typing_extensions import TypedDict  # Python 3.11 has one that pydantic cannot read
 
 from reprolib import experiments
 from reprolib.experiments import Dense, Pruned
-from reprolib.files import paths
+from reprolib.files import paths, settings
+from reprolib.files.settings import Some
 from reprolib.training import Recipe
 
 DRY_RUN, DRY_IMAGES = "-dry-run", 16
 DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
 DECIDED_FROM = 0.90  # CIFAR-10 is nearly flat below: claims on accuracy are decided at and above this target sparsity
+
+
+# What a method may say: the fields of `Pruned`, and which part of the profile it is asked for.
+Method = TypedDict(
+    "Method",
+    {name: kind for name, kind in get_type_hints(Pruned).items() if name not in ("dense", "sparsity", "pattern")}
+    | {"pattern": Required[str], "sparsities": Some[float], "seeds": Some[int], "datasets": Some[str]},
+    total=False,
+)
 
 
 @dataclass(frozen=True)
@@ -27,15 +38,15 @@ class Profile:
     name: str
     purpose: str
     threads: int
-    datasets: list[str]
+    datasets: Some[str]
     width: float
     hidden: list[int]
-    seeds: list[int]
+    seeds: Some[int]
     recipe: Recipe
     retraining_epochs: int
-    sparsities: list[float]
-    methods: dict[str, dict]
-    ablations: dict[str, dict]
+    sparsities: Some[float]
+    methods: dict[str, Method]
+    ablations: dict[str, Method]
     images: int = 0
 
     def dense(self, dataset: str, seed: int) -> Dense:
@@ -52,18 +63,10 @@ class Profile:
         chosen = {key: value for key, value in known[method].items() if key not in ("seeds", "datasets")}
         return {"sparsities": self.sparsities} | chosen
 
-    def experiments(
-        self, dataset: str, seed: int, sparsities: list[float], epochs: int = 0, **settings
-    ) -> list[Pruned]:
-        """One experiment per sparsity from the dense network of this data set and seed; `epochs` 0: the profile's.
-
-        Raises ValueError for fields that an experiment does not have.
-        """
-        unknown = sorted(set(settings) - {f.name for f in fields(Pruned)})
-        if unknown:
-            raise ValueError(f"profile {self.name}: an experiment has no field {', '.join(unknown)}")
+    def experiments(self, dataset: str, seed: int, sparsities: list[float], epochs: int = 0, **fields) -> list[Pruned]:
+        """One experiment per sparsity from the dense network of this data set and seed; `epochs` 0: the profile's."""
         dense, epochs = self.dense(dataset, seed), epochs or self.retraining_epochs
-        return [Pruned(dense, sparsity=sparsity, epochs=epochs, **settings) for sparsity in sparsities]
+        return [Pruned(dense, sparsity=sparsity, epochs=epochs, **fields) for sparsity in sparsities]
 
     def pruned(self, method: str, dataset: str, seed: int) -> list[Pruned]:
         """The experiments of a method for one data set and seed; empty where the method does not ask for them."""
@@ -162,10 +165,7 @@ def load(name: str) -> Profile:
         return dry_run(load(name.removesuffix(DRY_RUN)))
     if name not in names():
         raise ValueError(f"unknown profile {name!r}: known are {', '.join(names())}")
-    try:
-        return _read(name)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"profiles/{name}.yaml: {' '.join(str(error).split())}") from None
+    return _read(name)
 
 
 def dry_run(profile: Profile) -> Profile:
@@ -192,11 +192,17 @@ def dry_run(profile: Profile) -> Profile:
 
 
 def _read(name: str) -> Profile:
-    settings = yaml.safe_load((paths.PROFILES / f"{name}.yaml").read_text())
-    expected = {f.name for f in fields(Profile)} - {"name", "images"}
-    wrong = expected.symmetric_difference(settings)
-    if wrong:
-        raise ValueError(f"these keys are missing or unknown: {', '.join(sorted(wrong))}")
-    profile = Profile(**settings | {"name": name, "recipe": Recipe(**settings["recipe"])})
-    profile.plan()  # builds every experiment once, so that a typo shows before anything is trained
+    path = paths.PROFILES / f"{name}.yaml"
+    written = settings.read(path, dict[str, Any])
+    if taken := {"name", "images"} & written.keys():
+        raise ValueError(f"{path}: {', '.join(taken)}: unknown")
+    profile = settings.checked(written | {"name": name}, Profile, f"{path}: ")
+    for method, only in (profile.methods | profile.ablations).items():
+        for key in ("seeds", "datasets"):
+            if foreign := [value for value in only.get(key, []) if value not in getattr(profile, key)]:
+                raise ValueError(f"{path}: {method}.{key}: the profile itself has no {foreign[0]!r}")
+    try:
+        profile.plan()  # builds every experiment once, so that a typo shows before anything is trained
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return profile

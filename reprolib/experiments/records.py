@@ -16,6 +16,7 @@ import torch
 
 from reprolib.files import paths
 from reprolib.files.atomic import write_atomically
+from reprolib.files.processes import environment
 
 
 def write(path: Path, record: dict) -> None:
@@ -90,14 +91,18 @@ def provenance() -> dict:
 
 @cache
 def commit() -> str:
-    """Short commit of the code, with a ``+`` if reprolib or the profiles differ from it; ``unknown`` outside git."""
+    """Short commit of the code, with a ``+`` if reprolib or the profiles differ from it.
+
+    ``unknown`` outside git, and where the code lies in the repository of something else.
+    """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", paths.ROOT, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", paths.ROOT, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != paths.ROOT:
+            return "unknown"
         changed = git("status", "--porcelain", "--", "reprolib", "profiles", "notebooks")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,10 +1,12 @@
 """Every file name of the project, in one place and independent of the working directory.
 
 ``$REPROLIB_HOME`` moves what is written (results and figures) somewhere else, a scratch disk for example;
-``$REPROLIB_DATA`` names the folder that holds the data sets.
+``$REPROLIB_DATA`` names the folder that holds the data sets. Relative ones start at the checkout, wherever they are
+read; ``~`` is the home folder.
 """
 
 import os
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,12 +16,16 @@ PROFILES = ROOT / "profiles"
 
 def home() -> Path:
     """Folder that holds ``results/`` and ``figures/``."""
-    return Path(os.environ.get("REPROLIB_HOME") or ROOT).resolve()
+    return _named_by("REPROLIB_HOME", ROOT)
 
 
 def data() -> Path:
     """Folder that holds ``cifar-10-batches-py/`` and ``cifar-100-python/``."""
-    return Path(os.environ.get("REPROLIB_DATA") or ROOT / "data").resolve()
+    return _named_by("REPROLIB_DATA", ROOT / "data")
+
+
+def _named_by(variable: str, default: Path) -> Path:
+    return (ROOT / Path(os.environ.get(variable) or default).expanduser()).resolve()
 
 
 def results(profile: str) -> Path:
@@ -50,14 +56,19 @@ def figures(profile: str) -> Path:
     return home() / "figures" / profile
 
 
+def notebooks() -> list[Path]:
+    """The notebooks of the project: not the copies that JupyterLab's "Duplicate" leaves beside them."""
+    return sorted(path for path in NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"\d\d_\w+", path.stem))
+
+
 def notebook(number: str) -> Path:
     """The notebook that a number (``02``), a name or a path means; raises FileNotFoundError with the choice."""
     path = Path(number)
     if path.suffix == ".ipynb":
         found = [path.resolve()] if path.exists() else []
     else:
-        found = sorted(NOTEBOOKS.glob(f"{path.name}*.ipynb"))
+        found = [each for each in notebooks() if each.stem == number or each.stem.startswith(f"{number}_")]
     if len(found) != 1:
-        names = ", ".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
-        raise FileNotFoundError(f"no notebook {number!r}: there are {names}")
+        names = ", ".join(path.stem for path in notebooks())
+        raise FileNotFoundError(f"{'more than one' if found else 'no'} notebook {number!r}: there are {names}")
     return found[0]

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,19 +20,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pandas as pd
 import torch
-import yaml
 from tqdm import tqdm
 
 from reprolib import experiments
 from reprolib.experiments import Dense, Pruned, profiles, records, workers
 from reprolib.experiments.profiles import Profile
-from reprolib.files import paths
+from reprolib.files import paths, settings
 from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import seconds
+from reprolib.files.processes import environment
+from reprolib.files.settings import Some
 from reprolib.workflow import notebooks
 
 FIGURES_S = 150.0  # of a budget, kept for tables and figures
@@ -85,9 +87,14 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
 def figures(profile: Profile, cores: int) -> None:
     """Redraw the figures and tables of a profile from its tables of results, without training."""
     records.read_csv(paths.accuracy_csv(profile.name))
+    started = time.time()
     with _only_run(paths.results(profile.name), lambda: None) as lock:
         draw(profile.name, cores, lock)
-    print(f"redrawn: {paths.figures(profile.name)}")
+    folder = paths.figures(profile.name)
+    redrawn = [path for path in folder.iterdir() if path.stat().st_mtime >= started]
+    if not redrawn:
+        raise RuntimeError(f"error: nothing was drawn into {folder}, see {paths.results(profile.name)}/snakemake.log")
+    print(f"redrawn: {len(redrawn)} files in {folder}")
 
 
 def draw(profile_name: str, cores: int, lock: IO) -> None:
@@ -132,10 +139,10 @@ def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     path = paths.notebook(notebook)
     if not grid_file.is_file():
         raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")
-    grid = yaml.safe_load(grid_file.read_text())
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-        raise ValueError(f"{grid_file} must map each parameter to a list of values, such as seed: [0, 1, 2]")
-    notebooks.check_parameters(path, grid)
+    grid = settings.read(grid_file, dict[str, Some[Any]])
+    for name, values in grid.items():
+        for value in values:
+            notebooks.check_parameters(path, {name: value})
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     folder = paths.results("sweeps") / f"{path.stem[:2]}-{grid_file.stem}"
     has_table = "table" in notebooks.known_parameters(path)
@@ -178,19 +185,24 @@ def _snakemake(
 
     Raises RuntimeError with the errors of the log.
     """
+    for path in [*folder.glob("*.csv"), *paths.notebooks()]:
+        if path.stat().st_mtime > time.time():  # from a machine with another clock: what is made of it would be deleted
+            os.utime(path)
     log_path = folder / "snakemake.log"
     command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(paths.ROOT / "Snakefile")]
     command += ["--directory", str(folder), "--cores", str(cores)]
     command += ["--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params", "input"]
     if torch.cuda.is_available():
         command += ["--resources", "gpu=1"]  # no two jobs on one GPU
-    command += ["--config", *(f"{key}={value}" for key, value in config.items())]
+    values = folder / "graph.json"  # on a command line, Snakemake would read them as YAML
+    write_atomically(values, json.dumps(config))
+    command += ["--configfile", str(values)]
     with log_path.open("w") as log:
         if any((folder / ".snakemake" / "locks").glob("*")):
             # Whoever holds our lock knows that a lock of Snakemake's own still lying there is a dead run's.
-            subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False)
+            subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False, env=environment())
         # The child keeps the lock open: it stays held while the graph runs, even if this process is killed.
-        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment())
         try:
             while child.poll() is None:
                 look()
@@ -203,7 +215,8 @@ def _snakemake(
     if child.returncode:
         lines = log_path.read_text().splitlines()
         errors = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
-        raise RuntimeError("\n".join(errors or [*lines[-15:], f"error: the graph failed, see {log_path}"]))
+        reasons = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+        raise RuntimeError("\n".join(errors or [f"error: the graph failed: {reasons[-1:]}, see {log_path}"]))
 
 
 @contextmanager
@@ -275,10 +288,16 @@ def _profile(name: str) -> Profile:
     return profiles.load(name)
 
 
+def _cores(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cores: write 1 or more")
+    return int(text)
+
+
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cores", type=int, default=cores, help="networks or notebooks side by side")
+    parser.add_argument("--cores", type=_cores, default=cores, help="networks or notebooks side by side")
     commands = parser.add_subparsers(dest="command", required=True)
     reproducing = commands.add_parser("reproduce")
     reproducing.add_argument("--profile", default="")
@@ -301,7 +320,7 @@ def main() -> None:
         sys.exit("stopped; what is finished is kept: ask again to go on")
     except RuntimeError as error:
         sys.exit(str(error))
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -6,29 +6,37 @@ python -m reprolib.workflow.notebooks 02 out.ipynb --parameters '{"seed": 1}'
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import papermill
 from nbclient.exceptions import DeadKernelError
 
-from reprolib.files import paths
-from reprolib.files.processes import end_with_parent
+from reprolib.files import paths, processes, settings
+from reprolib.files.settings import Some
+
+KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": Some[Any]}  # types that a parameter may declare
 
 
-def known_parameters(notebook: Path) -> dict[str, str]:
-    """Names of the notebook's parameters with their defaults, as source text."""
-    found = papermill.inspect_notebook(str(notebook))
-    return {name: parameter["default"] for name, parameter in found.items()}
+def known_parameters(notebook: Path) -> dict[str, dict]:
+    """Names of the notebook's parameters, with the ``default`` and the type of each as source text."""
+    return papermill.inspect_notebook(str(notebook))
 
 
 def check_parameters(notebook: Path, parameters: dict) -> None:
-    """Raise ValueError, naming the known ones, if the notebook lacks one of `parameters`."""
+    """Raise ValueError if the notebook lacks one of `parameters`, or declares another type for it."""
     known = known_parameters(notebook)
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it knows {', '.join(known)}")
+    for name, value in parameters.items():
+        declared = known[name]
+        try:
+            settings.checked(value, KINDS.get(declared["inferred_type_name"], Any), f"{name}: ")
+        except ValueError as error:
+            raise ValueError(f"{error}; its default is {declared['default']}") from None
 
 
 def run(notebook: Path, output: Path, parameters: dict) -> None:
@@ -38,6 +46,7 @@ def run(notebook: Path, output: Path, parameters: dict) -> None:
     copy then stands beside `output`, ending in ``.failed.ipynb``.
     """
     check_parameters(notebook, parameters)
+    output = output.resolve()  # a relative one means the working directory of now: the notebook gets another
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".partial.ipynb")
     try:
@@ -55,9 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebook", help="number, name or path of the notebook")
     parser.add_argument("output", type=Path, help="where the executed notebook goes")
-    parser.add_argument("--parameters", type=json.loads, default={}, help="JSON object")
+    parser.add_argument("--parameters", type=settings.json_of(dict[str, Any]), default={}, help="JSON object")
     arguments = parser.parse_args()
-    end_with_parent()  # and its kernel with it
+    os.environ.update(environment := processes.environment())
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    processes.end_with_parent()  # and the kernel, which it starts, with it
     try:
         run(paths.notebook(arguments.notebook), arguments.output, arguments.parameters)
     except papermill.PapermillExecutionError as error:

@@ -1,9 +1,11 @@
 """Profiles list the experiments of a reproduction, and a typo in one shows before anything is trained."""
 
+import json
+import re
+
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from reprolib.experiments import Dense, check_target, epochs, profiles
 from reprolib.files import paths
@@ -29,6 +31,10 @@ SETTINGS = {
 }
 
 
+def method(**fields):
+    return {"methods": {"block": {"pattern": "Block(4, 4)"} | fields}}
+
+
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     """Loads SETTINGS, with changes, as the profile ``mine``; None drops a key."""
@@ -36,7 +42,8 @@ def load(tmp_path, monkeypatch):
 
     def write_and_load(**changes):
         settings = {key: value for key, value in (SETTINGS | changes).items() if value is not None}
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        lines = [f"{key}: {json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
+        (tmp_path / "mine.yaml").write_text("\n".join(lines))
         return profiles.load("mine")
 
     return write_and_load
@@ -111,7 +118,7 @@ def test_dry_run_has_the_networks_of_its_profile_with_six_steps_each(load):
 
 
 def test_dry_run_takes_two_seeds_so_that_claims_get_intervals(load):
-    load(seeds=[3, 4, 5])
+    load(seeds=[3, 4, 5], methods={"block": {"pattern": "Block(4, 4)"}}, ablations={})
     assert {e.seed for e in profiles.load("mine-dry-run").plan() if isinstance(e, Dense)} == {3, 4}
 
 
@@ -144,22 +151,58 @@ def test_unknown_profile_is_refused_with_the_choice(load):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.1}, "profiles/mine.yaml: these keys are missing or unknown: learning_rate"),
-        ({"width": None, "seeds": None}, "missing or unknown: seeds, width"),
-        ({"methods": {"block": {"pattern": "Block(4, 4)", "epoch": 3}}}, "profile mine.*no field epoch$"),
-        ({"methods": {"block": {"pattern": "Blok(4, 4)"}}}, "unknown pattern 'Blok'"),
-        ({"methods": {"block": {"pattern": "Block(4, 4)", "schedule": "slow"}}}, "schedule 'slow' is unknown"),
-        ({"datasets": ["mnist"]}, "unknown data set 'mnist'"),
-        ({"methods": {"block": {}}}, "profiles/mine.yaml: .*pattern"),
-        ({"methods": {"block": {"pattern": "Block(4, 4)", "sparsity": [0.5]}}}, "profiles/mine.yaml: .*sparsity"),
-        ({"methods": {"block": None}}, "profiles/mine.yaml: "),
-        ({"recipe": {"epoch": 1}}, "profiles/mine.yaml: .*epoch"),
-        ({"recipe": {"epochs": 0}}, "epochs must be a whole number"),
+        ({"learning_rate": 0.1}, "learning_rate: unknown"),
+        ({"name": "other"}, "name: unknown"),
+        ({"width": None}, "width: missing"),
+        ({"width": "0.25"}, "width: input should be a valid number, not '0.25'"),
+        ({"datasets": ["mnist"], "ablations": {}}, "unknown data set 'mnist'"),
+        ({"datasets": "cifar10"}, "datasets: input should be a valid array, not 'cifar10'"),
+        ({"datasets": []}, "datasets: is empty"),
+        ({"seeds": [0, 0]}, "seeds: holds 0 twice"),
+        ({"seeds": [0.0]}, "seeds[0]: input should be a valid integer, not 0.0"),
+        ({"sparsities": ["0.9"]}, "sparsities[0]: input should be a valid number, not '0.9'"),
+        ({"recipe": {"epoch": 1}}, "recipe.epoch: unknown"),
+        ({"recipe": {"epochs": 0}}, "recipe: epochs must be a whole number"),
+        ({"methods": {"block": None}}, "methods.block: is empty: write {}"),
+        ({"methods": {"block": {}}}, "methods.block.pattern: missing"),
+        (method(sparsity=[0.5]), "methods.block.sparsity: unknown"),
+        (method(epoch=3), "methods.block.epoch: unknown"),
+        (method(pattern="Blok(4, 4)"), "unknown pattern 'Blok'"),
+        (method(schedule="slow"), "schedule 'slow' is unknown"),
+        (method(prune_ends="false"), "methods.block.prune_ends: input should be a valid boolean, not 'false'"),
+        (method(datasets="cifar10"), "methods.block.datasets: input should be a valid array, not 'cifar10'"),
+        (method(datasets=["cifar100"]), "block.datasets: the profile itself has no 'cifar100'"),
+        (method(seeds=[0, 7]), "block.seeds: the profile itself has no 7"),
     ],
 )
 def test_typo_in_a_profile_shows_on_loading(load, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"mine\.yaml: .*{re.escape(message)}"):
         load(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [0]\nseeds: [1]", 'line 2: found duplicate key "seeds"'),
+        ("seeds: [0", "line 1: expected"),
+        ("- seeds", "input should be an object, not ['seeds']"),
+        ("", "is empty"),
+        ("ablations:", "ablations: is empty: write {}"),
+    ],
+)
+def test_file_that_is_no_profile_is_refused(load, tmp_path, text, message):
+    load()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text if len(text) < 10 or "seeds" in text else path.read_text().split("ablations:")[0] + text)
+    with pytest.raises(ValueError, match=rf"mine\.yaml.*{re.escape(message)}"):
+        profiles.load("mine")
+
+
+def test_numbers_mean_what_they_say(load, tmp_path):
+    load()
+    path = tmp_path / "mine.yaml"
+    path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 010').replace("0.05", "1e-3"))
+    assert profiles.load("mine").recipe == Recipe(epochs=10, lr=0.001)
 
 
 def test_unknown_method_is_refused_with_the_choice(load):

@@ -1,5 +1,4 @@
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import sys
 
 import pandas as pd
 import pytest
-import yaml
 
 from reprolib import experiments
 from reprolib.experiments import profiles, records
@@ -57,7 +55,7 @@ def notebook(tmp_path, write_notebook):
 
 
 def write_grid(folder, **grid):
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    (folder / "grid.yaml").write_text(json.dumps(grid))  # JSON is YAML
     return folder / "grid.yaml"
 
 
@@ -86,7 +84,11 @@ def test_sweep_keeps_what_it_has_and_joins_the_tables(notebook, tmp_path):
     ("grid", "message"),
     [
         ({"m": [1]}, "error: 50_product has no parameter m: it knows n, k, table"),
-        ({"n": 1}, "must map each parameter to a list of values"),
+        ({"n": 1}, "grid.yaml: n: input should be a valid array, not 1"),
+        ({"n": []}, "grid.yaml: n: is empty"),
+        ({"n": [1, 1]}, "grid.yaml: n: holds 1 twice"),
+        ({"n": ["1"]}, "n: input should be a valid integer, not '1'; its default is 1"),
+        ({"k": [[1, 2]]}, "k: input should be a valid integer, not [1, 2]; its default is 1"),
     ],
 )
 def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path, refused):
@@ -122,25 +124,28 @@ def test_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, refused):
 
 
 PLANNING = """
-import sys
+import json, sys
+from pathlib import Path
 from snakemake.cli import main
 
-for profile in sys.argv[3:]:
-    arguments = ["all", "--dry-run", "--snakefile", sys.argv[1], "--directory", sys.argv[2]]
+for folder in map(Path, sys.argv[2:]):
+    (folder / "graph.json").write_text(json.dumps({"profile": folder.name}))
+    arguments = ["all", "--dry-run", "--snakefile", sys.argv[1], "--directory", str(folder)]
     try:
-        main([*arguments, "--config", f"profile={profile}"])
+        main([*arguments, "--configfile", str(folder / "graph.json")])
     except SystemExit as end:
         if end.code:
-            sys.exit(f"{profile} cannot be planned")
+            sys.exit(f"{folder.name} cannot be planned")
 """
 
 
 def test_graph_of_every_profile_can_be_planned(tmp_path):
-    for profile, table in itertools.product(profiles.names(), (paths.accuracy_csv, paths.ablations_csv)):
-        path = tmp_path / table(profile).relative_to(paths.home())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    command = [sys.executable, "-c", PLANNING, paths.ROOT / "Snakefile", tmp_path, *profiles.names()]
+    folders = [tmp_path / "results" / profile for profile in profiles.names()]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for table in ("accuracy.csv", "ablations.csv"):
+            (folder / table).write_text("")
+    command = [sys.executable, "-c", PLANNING, paths.ROOT / "Snakefile", *folders]
     environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
     planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert planned.returncode == 0, planned.stdout + planned.stderr
@@ -179,6 +184,10 @@ def test_budget_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])
 def test_budget_is_a_time(text, expected):
     assert seconds(text) == expected
+
+
+def test_no_cores_are_refused(refused):
+    assert refused("--cores", "0", "figures")[-1].endswith("'0' is no number of cores: write 1 or more")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""What people write into YAML files and parameters, checked by its type: an error names field, value and remedy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+T = TypeVar("T")
+
+
+def _distinct(values: list) -> list:
+    texts = [json.dumps(value, sort_keys=True) for value in values]
+    twice = [value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1]
+    if twice:
+        raise ValueError(f"holds {twice[0]!r} twice")
+    return values
+
+
+Some = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]  # one value or more, each once
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """The value of a YAML 1.2 file as a `kind`: ``010`` is ten, ``1e-3`` a number, ``yes`` a word, a key stands once.
+
+    Raises ValueError for what is no YAML or no `kind`, OSError for a file that cannot be read.
+    """
+    try:
+        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    return checked(value, kind, f"{path}: ")
+
+
+def checked(value: object, kind: type[T], name: str) -> T:
+    """`value` as a `kind`: strictly, ``"0.9"`` is no number and ``1.0`` no whole number. Raises ValueError."""
+    try:
+        # By way of JSON, where an object stands for a dataclass.
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True, extra="forbid")
+    except ValidationError as error:
+        raise ValueError(name + "; ".join(map(_told, error.errors()))) from None
+
+
+def json_of(kind: type[T]) -> Callable[[str], T]:
+    """A reader of `kind` from JSON, for arguments of a command line."""
+
+    def read_json(text: str) -> T:
+        try:
+            return checked(json.loads(text), kind, "")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not understood: {error}") from None
+
+    return read_json
+
+
+def _told(error: dict[str, Any]) -> str:
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    field = field and f"{field}: "
+    match error["type"]:
+        case "missing":
+            return f"{field}missing"
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"{field}unknown"
+        case "value_error":
+            return f"{field}{error['ctx']['error']}"
+        case "too_short":
+            return f"{field}is empty"
+    if error["input"] is None:
+        return f"{field}is empty: write {{}} or [] for none"
+    return f"{field}{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
