@@ -23,7 +23,7 @@ env: ## build the environment in .venv, or again where it has become stale (the 
 	@$(CLEAN) "$(or $(PYTHON),python3)" -m reprolib.files.environment $(if $(PYTHON),--this-python)
 
 data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
-	$(BIN)/python -c 'from reprolib.training import data; [print(name, len(data.load(name).train), "training images") for name in data.NAMES]'
+	@$(BIN)/python -m reprolib.training.data
 
 test: env lint ## run all tests, every notebook included
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -52,7 +52,7 @@ lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 lock: env ## renew requirements.lock from environment.yml
-	$(BIN)/python -c 'import yaml; [print(p) for d in yaml.safe_load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \
+	$(BIN)/python -c 'from ruamel.yaml import YAML; [print(p) for d in YAML().load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \
 	  | $(BIN)/uv pip compile --universal --python-version 3.11 --no-annotate --no-header --upgrade --quiet - -o requirements.lock
 
 clean: ## remove the environment and caches; results stay

@@ -21,7 +21,7 @@ from reprolib.files.deadline import OutOfTime, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Benchmarks: measure on this machine.")
     parser.add_argument("what", choices=["masks", "latency", "training"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", default="laptop", help="whose networks to time or to train")

@@ -88,7 +88,10 @@ def build():
 def _outside():
     """The user's environment variables, without those that would lead an installer elsewhere."""
     led = ("PYTHON", "VIRTUAL_ENV", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "UV_SYSTEM", "UV_TARGET", "UV_PREFIX")
-    return {key: value for key, value in os.environ.items() if not key.startswith(led)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(led)}
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        kept["UV_NO_CACHE"] = "1"
+    return kept
 
 
 def main():

@@ -31,6 +31,7 @@ DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", 
 
 def theme() -> None:
     """Set the look of all figures."""
+    plt.style.use("default")  # whatever a matplotlibrc says
     sns.set_theme(context="notebook", style="whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "svg.hashsalt": "reprolib", "svg.fonttype": "none"})
 

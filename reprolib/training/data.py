@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -133,7 +134,8 @@ def _read_cifar(name: str, root: Path):
     folder = root / source.base_folder
     if not folder.exists():
         _download(source, root)
-    for filename, md5 in [*source.train_list, *source.test_list]:
+    meta = source.meta["filename"], source.meta["md5"]
+    for filename, md5 in [*source.train_list, *source.test_list, meta]:
         path = folder / filename
         if not path.exists():
             raise ValueError(f"{name} is incomplete: {path} is missing; delete {folder} and get it again (make data)")
@@ -190,3 +192,16 @@ def augmented(images: Tensor, draws: Tensor, dataset: Dataset) -> Tensor:
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     each = torch.arange(len(images), device=images.device)
     return padded[each[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+def main() -> None:
+    """Get the data sets, where they are missing, and look them through."""
+    try:
+        for name in NAMES:
+            print(f"{name}: {len(load(name).train)} training images")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -296,7 +296,7 @@ def _cores(text: str) -> int:
 
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What `make reproduce`, `make figures` and `make sweep` call.")
     parser.add_argument("--cores", type=_cores, default=cores, help="networks or notebooks side by side")
     commands = parser.add_subparsers(dest="command", required=True)
     reproducing = commands.add_parser("reproduce")

@@ -22,7 +22,12 @@ KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": Some[Any]
 
 def known_parameters(notebook: Path) -> dict[str, dict]:
     """Names of the notebook's parameters, with the ``default`` and the type of each as source text."""
-    return papermill.inspect_notebook(str(notebook))
+    return papermill.inspect_notebook(_literal(notebook))
+
+
+def _literal(path: Path) -> str:
+    """For papermill, which puts values of parameters where a path has braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def check_parameters(notebook: Path, parameters: dict) -> None:
@@ -51,7 +56,13 @@ def run(notebook: Path, output: Path, parameters: dict) -> None:
     partial = output.with_suffix(".partial.ipynb")
     try:
         papermill.execute_notebook(
-            str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(paths.ROOT), progress_bar=False
+            _literal(notebook),
+            _literal(partial),
+            parameters,
+            kernel_name="python3",
+            cwd=str(paths.ROOT),
+            progress_bar=False,
+            start_timeout=600,  # seconds: on a busy machine or a slow disk, imports take their time
         )
     except papermill.PapermillExecutionError:
         partial.replace(output.with_suffix(".failed.ipynb"))
@@ -61,7 +72,7 @@ def run(notebook: Path, output: Path, parameters: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Run one notebook with papermill.")
     parser.add_argument("notebook", help="number, name or path of the notebook")
     parser.add_argument("output", type=Path, help="where the executed notebook goes")
     parser.add_argument("--parameters", type=settings.json_of(dict[str, Any]), default={}, help="JSON object")

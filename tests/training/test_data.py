@@ -64,9 +64,13 @@ def test_damaged_file_is_named_with_its_md5(cifar_folder):
         data.load("cifar10", cifar_folder.parent)
 
 
-def test_missing_file_is_named(cifar_folder):
-    (cifar_folder / "data_batch_1").unlink()
-    with pytest.raises(ValueError, match=f"incomplete: .*data_batch_1 is missing; delete {cifar_folder}"):
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+def test_missing_file_is_named(cifar_folder, monkeypatch, name):
+    monkeypatch.setattr(torchvision.datasets.utils, "check_md5", lambda path, md5: True)
+    for each in ("test_batch", "batches.meta", *(f"data_batch_{i}" for i in range(1, 6))):
+        (cifar_folder / each).touch()
+    (cifar_folder / name).unlink()
+    with pytest.raises(ValueError, match=f"incomplete: .*{name} is missing; delete {cifar_folder}"):
         data.load("cifar10", cifar_folder.parent)
 
 

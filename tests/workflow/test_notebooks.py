@@ -132,7 +132,7 @@ def test_unknown_parameter_is_an_error_that_names_the_known_ones(tmp_path, write
 
 
 def test_failed_notebook_leaves_no_output_but_a_failed_copy(tmp_path, write_notebook):
-    notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first", "1 / (alpha - 1)")
+    notebook = write_notebook(tmp_path / "{n}.ipynb", "alpha: int = 1  # first", "1 / (alpha - 1)")
     with pytest.raises(papermill.PapermillExecutionError):
         notebooks.run(notebook, tmp_path / "out" / "n.ipynb", {})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["n.failed.ipynb"]
@@ -169,7 +169,7 @@ def test_wrong_input_is_refused(parameters, message, tmp_path, monkeypatch):
         ({"alpha": "1"}, "error: alpha: input should be a valid integer, not '1'; its default is 1"),
         (
             [1],
-            "notebooks.py: error: argument --parameters: '[1]' is not understood: input should be an object, not [1]",
+            "error: argument --parameters: '[1]' is not understood: input should be an object, not [1]",
         ),
     ],
 )
