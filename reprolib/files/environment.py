@@ -78,10 +78,11 @@ def build():
         [sys.executable, "-m", "venv", str(VENV)],
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "requirements.lock", "uv"],
         [uv, "pip", "install", "--compile-bytecode", "-r", "requirements.lock", *into],
-        # By a path file: a folder named reprolib in the working directory doesn't hide the package.
-        [uv, "pip", "install", "--no-deps", "--no-build-isolation", "-C", "editable_mode=compat", "-e", ".", *into],
     ):
         subprocess.run(command, check=True, cwd=str(ROOT), env=_outside())
+    # The checkout, as seen from there: found from any folder, also from one that holds a folder named reprolib.
+    [packages] = VENV.glob("lib/python*/site-packages")
+    (packages / "reprolib.pth").write_text(os.path.relpath(str(ROOT), str(packages)) + "\n")
     STAMP.write_text(json.dumps(wanted(), indent=1) + "\n")
 
 
