@@ -1,6 +1,7 @@
 # The graph: which notebook makes which file out of which. `make` is its front door, reprolib/workflow/graph.py calls it,
-# in the folder of results. Paths of what it makes are relative, and those of notebooks come from functions: Snakemake
-# takes braces in any other path for wildcards.
+# in the folder of results. Paths of what it makes are relative, and those of notebooks are parameters from functions:
+# Snakemake takes braces in any other path for wildcards.
+import hashlib
 import json
 import os
 import sys
@@ -14,12 +15,15 @@ from reprolib.files import paths
 PYTHON = sys.executable
 RUN = (
     "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m reprolib.workflow.notebooks"
-    " {input.notebook:q} {output.notebook:q} --parameters {params.json:q}"
+    " {params.notebook:q} {output.notebook:q} --parameters {params.json:q}"
 )
 
 
 def notebook(number):
-    return lambda wildcards: str(paths.notebook(number))
+    """Two parameters of a rule: the notebook that it runs, and what stands in it, a change of which runs it again."""
+    path = paths.notebook(number)
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"notebook": lambda wildcards: str(path), "content": content}
 
 
 if "plan" in config:  # make sweep: the points of a grid, each a run of one notebook
@@ -30,11 +34,10 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
             expand("{point}.ipynb", point=plan["jobs"]),
 
     rule point:
-        input:
-            notebook=notebook(plan["notebook"]),
         output:
             notebook="{point}.ipynb",
         params:
+            **notebook(plan["notebook"]),
             json=lambda wildcards: json.dumps(plan["jobs"][wildcards.point], sort_keys=True),
         resources:
             gpu=1,
@@ -75,10 +78,10 @@ else:  # make reproduce, make figures: one profile
     rule dense_report:
         input:
             ACCURACY,
-            notebook=notebook("01"),
         output:
             notebook=f"{EXECUTED}/01.ipynb",
         params:
+            **notebook("01"),
             json=json.dumps(one),
         threads: profile.threads
         resources:
@@ -89,10 +92,10 @@ else:  # make reproduce, make figures: one profile
     rule pruning_report:
         input:
             ACCURACY,
-            notebook=notebook("02"),
         output:
             notebook=f"{EXECUTED}/02.ipynb",
         params:
+            **notebook("02"),
             json=json.dumps(one | profile.settings("hybrid")),
         threads: profile.threads
         resources:
@@ -114,12 +117,11 @@ else:  # make reproduce, make figures: one profile
     # --- Figures: these rules train nothing ---------------------------------------------------------------------------
 
     rule anatomy:
-        input:
-            notebook=notebook("00"),
         output:
             drawn("mask_anatomy"),
             notebook=f"{EXECUTED}/00.ipynb",
         params:
+            **notebook("00"),
             json=parameters,
         shell:
             RUN
@@ -127,12 +129,12 @@ else:  # make reproduce, make figures: one profile
     rule accuracy_figure:
         input:
             ACCURACY,
-            notebook=notebook("03"),
         output:
             drawn("accuracy_vs_sparsity"),
             tabled("accuracy"),
             notebook=f"{EXECUTED}/03.ipynb",
         params:
+            **notebook("03"),
             json=parameters,
         shell:
             RUN
@@ -141,11 +143,11 @@ else:  # make reproduce, make figures: one profile
         input:
             ACCURACY,
             ABLATIONS,
-            notebook=notebook("04"),
         output:
             drawn("bank_block", "variations", "retraining_budget"),
             notebook=f"{EXECUTED}/04.ipynb",
         params:
+            **notebook("04"),
             json=parameters,
         shell:
             RUN
@@ -153,12 +155,12 @@ else:  # make reproduce, make figures: one profile
     rule kernel_figures:
         input:
             LATENCY,
-            notebook=notebook("05"),
         output:
             drawn("latency_vs_sparsity"),  # and, where single layers were timed, roofline
             tabled("latency"),
             notebook=f"{EXECUTED}/05.ipynb",
         params:
+            **notebook("05"),
             json=parameters,
         shell:
             RUN
@@ -167,11 +169,11 @@ else:  # make reproduce, make figures: one profile
         input:
             ACCURACY,
             LATENCY,
-            notebook=notebook("06"),
         output:
             drawn("accuracy_vs_latency"),
             notebook=f"{EXECUTED}/06.ipynb",
         params:
+            **notebook("06"),
             json=parameters,
         shell:
             RUN
@@ -180,13 +182,13 @@ else:  # make reproduce, make figures: one profile
         input:
             ACCURACY,
             LATENCY if config.get("latency", True) else [],  # claim 4 says what is missing
-            notebook=notebook("07"),
         output:
             drawn("claims"),
             tabled("claims"),
             CLAIMS,
             notebook=f"{EXECUTED}/07.ipynb",
         params:
+            **notebook("07"),
             json=parameters,
         shell:
             RUN

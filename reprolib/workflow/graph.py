@@ -185,7 +185,7 @@ def _snakemake(
 
     Raises RuntimeError with the errors of the log.
     """
-    for path in [*folder.glob("*.csv"), *paths.notebooks()]:
+    for path in folder.glob("*.csv"):
         if path.stat().st_mtime > time.time():  # from a machine with another clock: what is made of it would be deleted
             os.utime(path)
     log_path = folder / "snakemake.log"
