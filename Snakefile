@@ -96,7 +96,7 @@ else:  # make reproduce, make figures: one profile
             notebook=f"{EXECUTED}/02.ipynb",
         params:
             **notebook("02"),
-            json=json.dumps(one | profile.settings("hybrid")),
+            json=json.dumps(one | profile.settings("hybrid" if "hybrid" in profile.methods else next(iter(profile.methods)))),
         threads: profile.threads
         resources:
             gpu=1,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Required, get_type_hints
+from typing import Annotated, Any, Required, get_type_hints
 
 import pandas as pd
+from pydantic import Field
 from typing_extensions import TypedDict  # Python 3.11 has one that pydantic cannot read
 
 from reprolib import experiments
 from reprolib.experiments import Dense, Pruned
 from reprolib.files import paths, settings
-from reprolib.files.settings import Some
+from reprolib.files.settings import Count, Some
 from reprolib.training import Recipe
 
 DRY_RUN, DRY_IMAGES = "-dry-run", 16
@@ -37,15 +38,15 @@ class Profile:
 
     name: str
     purpose: str
-    threads: int
+    threads: Count
     datasets: Some[str]
     width: float
     hidden: list[int]
     seeds: Some[int]
     recipe: Recipe
-    retraining_epochs: int
+    retraining_epochs: Count
     sparsities: Some[float]
-    methods: dict[str, Method]
+    methods: Annotated[dict[str, Method], Field(min_length=1)]
     ablations: dict[str, Method]
     images: int = 0
 
@@ -195,7 +196,7 @@ def _read(name: str) -> Profile:
     path = paths.PROFILES / f"{name}.yaml"
     written = settings.read(path, dict[str, Any])
     if taken := {"name", "images"} & written.keys():
-        raise ValueError(f"{path}: {', '.join(taken)}: unknown")
+        raise ValueError(f"{path}: {', '.join(sorted(taken))} is unknown")
     profile = settings.checked(written | {"name": name}, Profile, f"{path}: ")
     for method, only in (profile.methods | profile.ablations).items():
         for key in ("seeds", "datasets"):

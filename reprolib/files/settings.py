@@ -24,6 +24,7 @@ def _distinct(values: list) -> list:
 
 
 Some = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]  # one value or more, each once
+Count = Annotated[int, Field(ge=1)]
 
 
 def read(path: Path, kind: type[T]) -> T:
@@ -40,13 +41,16 @@ def read(path: Path, kind: type[T]) -> T:
     return checked(value, kind, f"{path}: ")
 
 
-def checked(value: object, kind: type[T], name: str) -> T:
-    """`value` as a `kind`: strictly, ``"0.9"`` is no number and ``1.0`` no whole number. Raises ValueError."""
+def checked(value: object, kind: type[T], where: str = "", name: str = "it") -> T:
+    """`value` as a `kind`: strictly, ``"0.9"`` is no number and ``1.0`` no whole number.
+
+    Raises ValueError: `where`, then the field, or `name` for the value itself, and what it must be.
+    """
     try:
         # By way of JSON, where an object stands for a dataclass.
         return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True, extra="forbid")
     except ValidationError as error:
-        raise ValueError(name + "; ".join(map(_told, error.errors()))) from None
+        raise ValueError(where + "; ".join(_told(each, name) for each in error.errors())) from None
 
 
 def json_of(kind: type[T]) -> Callable[[str], T]:
@@ -54,25 +58,38 @@ def json_of(kind: type[T]) -> Callable[[str], T]:
 
     def read_json(text: str) -> T:
         try:
-            return checked(json.loads(text), kind, "")
+            return checked(json.loads(text), kind)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not understood: {error}") from None
 
     return read_json
 
 
-def _told(error: dict[str, Any]) -> str:
+MUST = {
+    "list_type": "must be a list, such as [a, b]",
+    "dict_type": "must be a mapping, such as {name: value}",
+    "dataclass_type": "must be a mapping, such as {name: value}",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_type": "must be true or false",
+    "string_type": 'must be a text, such as "a"',
+}
+
+
+def _told(error: dict[str, Any], name: str) -> str:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-    field = field and f"{field}: "
     match error["type"]:
         case "missing":
-            return f"{field}missing"
+            told = "is missing"
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"{field}unknown"
+            told = "is unknown"
         case "value_error":
-            return f"{field}{error['ctx']['error']}"
+            return f"{field or name}: {error['ctx']['error']}"
         case "too_short":
-            return f"{field}is empty"
-    if error["input"] is None:
-        return f"{field}is empty: write {{}} or [] for none"
-    return f"{field}{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+            told = "is empty"
+        case kind if error["input"] is None:
+            told = f"is empty: it {MUST.get(kind, error['msg'])}"
+        case kind:
+            told = f"{MUST.get(kind, error['msg'])}, not {error['input']!r}"
+    return f"{field or name} {told}"

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import pandas as pd
 import torch
+from pydantic import Field
 from tqdm import tqdm
 
 from reprolib import experiments
@@ -139,7 +140,7 @@ def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     path = paths.notebook(notebook)
     if not grid_file.is_file():
         raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")
-    grid = settings.read(grid_file, dict[str, Some[Any]])
+    grid = settings.read(grid_file, Annotated[dict[str, Some[Any]], Field(min_length=1)])
     for name, values in grid.items():
         for value in values:
             notebooks.check_parameters(path, {name: value})

@@ -39,7 +39,7 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
     for name, value in parameters.items():
         declared = known[name]
         try:
-            settings.checked(value, KINDS.get(declared["inferred_type_name"], Any), f"{name}: ")
+            settings.checked(value, KINDS.get(declared["inferred_type_name"], Any), name=name)
         except ValueError as error:
             raise ValueError(f"{error}; its default is {declared['default']}") from None
 

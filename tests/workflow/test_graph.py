@@ -84,11 +84,12 @@ def test_sweep_keeps_what_it_has_and_joins_the_tables(notebook, tmp_path):
     ("grid", "message"),
     [
         ({"m": [1]}, "error: 50_product has no parameter m: it knows n, k, table"),
-        ({"n": 1}, "grid.yaml: n: input should be a valid array, not 1"),
-        ({"n": []}, "grid.yaml: n: is empty"),
+        ({"n": 1}, "grid.yaml: n must be a list, such as [a, b], not 1"),
+        ({}, "grid.yaml: it is empty"),
+        ({"n": []}, "grid.yaml: n is empty"),
         ({"n": [1, 1]}, "grid.yaml: n: holds 1 twice"),
-        ({"n": ["1"]}, "n: input should be a valid integer, not '1'; its default is 1"),
-        ({"k": [[1, 2]]}, "k: input should be a valid integer, not [1, 2]; its default is 1"),
+        ({"n": ["1"]}, "n must be a whole number, not '1'; its default is 1"),
+        ({"k": [[1, 2]]}, "k must be a whole number, not [1, 2]; its default is 1"),
     ],
 )
 def test_wrong_grid_gets_one_clear_line(grid, message, notebook, tmp_path, refused):

@@ -166,10 +166,11 @@ def test_wrong_input_is_refused(parameters, message, tmp_path, monkeypatch):
     [
         ({"alpha": 13}, "error: out: ValueError: unlucky number"),
         ({"beta": 0.5}, "error: n has no parameter beta: it knows alpha"),
-        ({"alpha": "1"}, "error: alpha: input should be a valid integer, not '1'; its default is 1"),
+        ({"alpha": "1"}, "error: alpha must be a whole number, not '1'; its default is 1"),
         (
             [1],
-            "error: argument --parameters: '[1]' is not understood: input should be an object, not [1]",
+            "error: argument --parameters: '[1]' is not understood: "
+            "it must be a mapping, such as {name: value}, not [1]",
         ),
     ],
 )
