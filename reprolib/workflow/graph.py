@@ -37,6 +37,7 @@ from reprolib.files.processes import environment
 from reprolib.files.settings import Some
 from reprolib.workflow import notebooks
 
+SNAKEFILE = paths.ROOT / "Snakefile"
 FIGURES_S = 150.0  # of a budget, kept for tables and figures
 
 # The rules of the Snakefile that draw, with the tables that each needs.
@@ -190,7 +191,7 @@ def _snakemake(
         if path.stat().st_mtime > time.time():  # from a machine with another clock: what is made of it would be deleted
             os.utime(path)
     log_path = folder / "snakemake.log"
-    command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(paths.ROOT / "Snakefile")]
+    command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(folder), "--cores", str(cores)]
     command += ["--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params", "input"]
     if torch.cuda.is_available():
@@ -216,8 +217,9 @@ def _snakemake(
     if child.returncode:
         lines = log_path.read_text().splitlines()
         errors = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
-        reasons = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
-        raise RuntimeError("\n".join(errors or [f"error: the graph failed: {reasons[-1:]}, see {log_path}"]))
+        told = [number for number, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)]
+        reason = " ".join(lines[told[-1] : told[-1] + 3]) if told else "no reason given"
+        raise RuntimeError("\n".join(errors or [f"error: the graph failed: {reason}, see {log_path}"]))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -151,6 +152,53 @@ def test_graph_of_every_profile_can_be_planned(tmp_path):
     planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     assert planned.stdout.count("accuracy_figure") >= len(profiles.names())
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """A folder with the committed tables of a profile, of which the accuracy figure is all that is drawn."""
+    home = tmp_path / "a # b"
+    monkeypatch.setenv("REPROLIB_HOME", str(home))
+    monkeypatch.setattr(graph, "DRAWING", {"accuracy_figure": [paths.accuracy_csv]})
+    shutil.copytree(paths.ROOT / "results" / "laptop-cifar100", paths.results("laptop-cifar100"), ignore=only_csv)
+    return profiles.load("laptop-cifar100")
+
+
+def only_csv(folder, names):
+    return [name for name in names if not name.endswith(".csv")]
+
+
+def test_table_from_the_future_is_drawn_whatever_snakemake_is_told(tables, tmp_path, monkeypatch, capsys):
+    """It was copied from a machine whose clock is ahead: Snakemake would delete what is made of it."""
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "config.yaml").write_text("dry-run: true")
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", str(tmp_path / "profile"))
+    ahead = time.time() + 86400
+    os.utime(paths.accuracy_csv(tables.name), (ahead, ahead))
+    graph.figures(tables, 1)
+    drawn = sorted(path.name for path in paths.figures(tables.name).iterdir())
+    assert drawn == ["accuracy.md", "accuracy.tex", "accuracy_vs_sparsity.png", "accuracy_vs_sparsity.svg"]
+    assert f"redrawn: 4 files in {paths.figures(tables.name)}" in capsys.readouterr().out
+
+
+def test_nothing_drawn_is_not_called_redrawn(tables, monkeypatch, capsys):
+    paths.figures(tables.name).mkdir(parents=True)
+    monkeypatch.setattr(graph, "draw", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"error: nothing was drawn into .*, see .*snakemake\.log"):
+        graph.figures(tables, 1)
+    assert "redrawn" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("profile", ["2024", "1e3", "true", "a=b"])
+def test_names_reach_the_graph_as_they_are(profile, tmp_path, monkeypatch):
+    """To Snakemake's command line, these are no texts. And a graph that fails gives its reason."""
+    with (tmp_path / "run.lock").open("w") as lock, pytest.raises(RuntimeError) as failed:
+        monkeypatch.setattr(graph, "SNAKEFILE", tmp_path / "Snakefile")
+        graph.SNAKEFILE.write_text('name = config["profile"]\n\nraise ValueError(f"profile {name!r}")\n')
+        graph._snakemake([], tmp_path, 1, lock, {"profile": profile})
+    [line] = str(failed.value).splitlines()
+    assert line.startswith("error: the graph failed: ") and f"profile {profile!r}" in line
+    assert line.endswith(f", see {tmp_path / 'snakemake.log'}")
 
 
 # --- Reproducing ------------------------------------------------------------------------------------------------------
