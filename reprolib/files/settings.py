@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -53,16 +52,12 @@ def checked(value: object, kind: type[T], where: str = "", name: str = "it") -> 
         raise ValueError(where + "; ".join(_told(each, name) for each in error.errors())) from None
 
 
-def json_of(kind: type[T]) -> Callable[[str], T]:
-    """A reader of `kind` from JSON, for arguments of a command line."""
-
-    def read_json(text: str) -> T:
-        try:
-            return checked(json.loads(text), kind)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not understood: {error}") from None
-
-    return read_json
+def json_mapping(text: str) -> dict[str, Any]:
+    """A JSON object, as an argument of a command line. Raises argparse.ArgumentTypeError."""
+    try:
+        return checked(json.loads(text), dict[str, Any])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood: {error}") from None
 
 
 MUST = {

@@ -93,7 +93,7 @@ def figures(profile: Profile, cores: int) -> None:
     with _only_run(paths.results(profile.name), lambda: None) as lock:
         draw(profile.name, cores, lock)
     folder = paths.figures(profile.name)
-    redrawn = [path for path in folder.iterdir() if path.stat().st_mtime >= started]
+    redrawn = [path for path in folder.glob("*") if path.stat().st_mtime >= started]
     if not redrawn:
         raise RuntimeError(f"error: nothing was drawn into {folder}, see {paths.results(profile.name)}/snakemake.log")
     print(f"redrawn: {len(redrawn)} files in {folder}")

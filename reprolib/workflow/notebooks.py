@@ -75,11 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run one notebook with papermill.")
     parser.add_argument("notebook", help="number, name or path of the notebook")
     parser.add_argument("output", type=Path, help="where the executed notebook goes")
-    parser.add_argument("--parameters", type=settings.json_of(dict[str, Any]), default={}, help="JSON object")
+    parser.add_argument("--parameters", type=settings.json_mapping, default={}, help="JSON object")
     arguments = parser.parse_args()
-    os.environ.update(environment := processes.environment())
-    for name in set(os.environ) - set(environment):
-        del os.environ[name]
+    environment = processes.environment()
+    os.environ.clear()
+    os.environ.update(environment)
     processes.end_with_parent()  # and the kernel, which it starts, with it
     try:
         run(paths.notebook(arguments.notebook), arguments.output, arguments.parameters)

@@ -182,7 +182,6 @@ def test_table_from_the_future_is_drawn_whatever_snakemake_is_told(tables, tmp_p
 
 
 def test_nothing_drawn_is_not_called_redrawn(tables, monkeypatch, capsys):
-    paths.figures(tables.name).mkdir(parents=True)
     monkeypatch.setattr(graph, "draw", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"error: nothing was drawn into .*, see .*snakemake\.log"):
         graph.figures(tables, 1)
