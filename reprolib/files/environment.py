@@ -66,6 +66,16 @@ def fault(this_python):
     return "" if found == stamp["python"] else f"Python {stamp['python']} of the one here is gone"
 
 
+def former():
+    """The interpreter that the environment here was built with, if it is another one than this and still there."""
+    try:
+        interpreter = json.loads(STAMP.read_text())["interpreter"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    other = interpreter != os.path.realpath(sys.executable) and os.access(interpreter, os.X_OK)
+    return interpreter if other else None
+
+
 def build():
     """Build the environment from nothing. Raises subprocess.CalledProcessError."""
     if VENV.is_symlink() or VENV.is_file():
@@ -98,9 +108,13 @@ def _outside():
 def main():
     parser = argparse.ArgumentParser(description="Build the environment in .venv, where the one there cannot stay.")
     parser.add_argument("--this-python", action="store_true", help="an environment of another Python cannot stay")
-    why = fault(parser.parse_args().this_python)
+    this_python = parser.parse_args().this_python
+    why = fault(this_python)
     if not why:
         return
+    if not this_python and former():  # what someone chose with make PYTHON= stays chosen
+        os.chdir(str(ROOT))
+        os.execv(former(), [former(), "-m", "reprolib.files.environment"])
     oldest, end = supported()
     if not oldest <= sys.version_info[:2] < end:
         sys.exit(

@@ -64,6 +64,25 @@ def test_another_python_may_stay_until_one_is_asked_for(checkout):
     assert environment.fault(this_python=True).endswith(", /usr/bin/python3.12")
 
 
+def test_stale_environment_is_built_again_by_the_python_that_was_chosen_for_it(checkout, monkeypatch):
+    chosen = checkout / "python3.12"
+    shutil.copy("/bin/sh", chosen)
+    change_stamp(interpreter=str(chosen), inputs="changed")
+    called = []
+    monkeypatch.setattr(environment, "build", lambda: called.append(sys.executable))
+    monkeypatch.setattr(environment.os, "execv", lambda program, arguments: called.append(program))
+    monkeypatch.setattr(environment.os, "chdir", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["environment"])
+    environment.main()
+    assert called[0] == str(chosen)
+    called.clear()
+    monkeypatch.setattr(sys, "argv", ["environment", "--this-python"])
+    environment.main()
+    assert called == [sys.executable]
+    chosen.unlink()
+    assert environment.former() is None
+
+
 def test_installers_are_not_led_elsewhere(monkeypatch):
     for name in ("PIP_USER", "PYTHONPATH", "VIRTUAL_ENV"):
         monkeypatch.setenv(name, "1")
