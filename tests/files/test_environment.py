@@ -1,12 +1,14 @@
 """The environment in .venv is this checkout's, or is built again; and the package comes with what it needs."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -205,12 +207,11 @@ def test_wheel_says_what_an_index_asks_for(wheel, tmp_path):
 def test_declared_dependencies_are_those_of_the_environment():
     """pyproject.toml and environment.yml name the same packages; the tools that develop it stand in the second only."""
 
-    def names(text, pattern):
-        return {canonicalize_name(Requirement(line).name) for line in re.findall(pattern, text)}
-
-    project = (paths.ROOT / "pyproject.toml").read_text().split("[tool.")[0].split("\ndependencies")[1]
-    declared = names(project, r'"([a-zA-Z][^"]*)"')
-    listed = names((paths.ROOT / "environment.yml").read_text(), r"      - ([a-z][^#\n]*?) *(?:#.*)?\n")
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = {canonicalize_name(Requirement(each).name) for each in asked}
+    lines = re.findall(r"      - ([a-z][^#\n]*?) *(?:#.*)?\n", (paths.ROOT / "environment.yml").read_text())
+    listed = {canonicalize_name(Requirement(line).name) for line in lines}
     tools = {"cuda-toolkit", "setuptools", "uv", "pytest", "pytest-xdist", "hypothesis", "ruff", "nbstripout"}
     assert listed - declared == tools and declared <= listed
 
