@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fusion
 
 from reprolib.models import weight_in_place
-from reprolib.sparse import cpu, cuda
+from reprolib.sparse import cuda, portable as cpu
 from reprolib.sparse.formats import pack
 
 # A layer with fewer columns (the first convolution has 27) costs little, zeros or not: it is packed before a pruned

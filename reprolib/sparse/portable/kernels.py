@@ -15,8 +15,8 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic
 from torch import Tensor
 
-from reprolib.sparse.cpu.layout import LANES, workspace
-from reprolib.sparse.cpu.packing import BLOCK_ROWS, TILE_VECTORS, Plan, bands_of
+from reprolib.sparse.portable.layout import LANES, workspace
+from reprolib.sparse.portable.packing import BLOCK_ROWS, TILE_VECTORS, Plan, bands_of
 
 _INDEX = ir.IntType(64)
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)

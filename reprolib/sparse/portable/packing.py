@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reprolib.sparse.cpu.layout import LANES
+from reprolib.sparse.portable.layout import LANES
 
 BLOCK_ROWS = 16  # output channels of a task
 # Output vectors of a task, at most, for each output channel, by images interleaved: what 16 of them read stays in the

@@ -1,0 +1,223 @@
+"""The code of one layer, made for its weights.
+
+A *group* of up to 31 output channels keeps its sums in registers. Column by column (tap, input channel) the input vector
+is loaded once, and one multiplication follows per kept weight of the group: its place is the instruction's register
+number, its value the next one of a stream of weights. Columns without a kept weight cost nothing:
+
+    kept weights of a group      its code
+      column 0 1 2 3
+    row 0    #   # .             load x from column 0;  sum0 += x * next weight;  sum2 += x * next weight
+    row 1    . . # .             load x from column 2;  sum0 += ..;  sum1 += ..
+    row 2    # . . .
+
+About 2,000 multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays in
+the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and SparseDNN.
+
+A chunk is called as ``f(source, weights, sums, target, masks)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from reprolib.sparse.cpu import encoder
+from reprolib.sparse.cpu.encoder import BYTES, R8, RCX, RDI, RDX, RSI
+from reprolib.sparse.cpu.planner import Stage
+
+CHUNK = 2000  # multiplications of a chunk where many output vectors share it
+CHUNK_OF_FEW, FEW = 8000, 8  # where there are few output vectors: the code streams from memory anyway
+AHEAD_BYTES, FETCH_EVERY = 32768, 6  # how far ahead streaming code fetches itself, and after how many multiplications
+GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen
+SHORTEST, LONGEST = -128, 128  # distances of one byte, in weights; the stream's pointer moves behind them
+SPARE = 31  # the register that no sum uses
+LEFT, RIGHT, WRITTEN = 1, 2, 3  # mask registers
+ALIGNMENT, LINE = 64, 16  # bytes of a line of the cache, and its float32
+TRAP = 0xCC  # between chunks
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """Code and weights of a layer.
+
+    ``chunks [.., 3]``: where the code and the weights of a chunk start (bytes, float32), and its number in its group.
+    Group i of output channels ``first_rows[i]`` to ``first_rows[i + 1]`` owns the chunks ``first_chunks[i]`` to
+    ``first_chunks[i + 1]``.
+    """
+
+    code: np.ndarray
+    weights: np.ndarray
+    chunks: np.ndarray
+    first_chunks: np.ndarray
+    first_rows: np.ndarray
+
+
+def generate(stage: Stage) -> Code:
+    """Encode a layer. Raises ValueError where code would read or write outside of its layouts."""
+    _refuse_wild(stage)
+    weight = stage.layer.weight.reshape(*stage.layer.weight.shape[:2], -1)
+    rows = _group_rows(weight != 0)
+    first_rows = np.append(np.arange(0, len(weight), rows), len(weight))
+    kept, chunk_groups, chunk_starts = _in_order(weight != 0, rows, CHUNK_OF_FEW if _streams(stage) else CHUNK)
+    is_first = np.append(True, chunk_groups[1:] != chunk_groups[:-1])
+    is_last = np.append(is_first[1:], True)
+    sizes = np.diff(first_rows)[chunk_groups]
+
+    # The stream of weights; that of the first chunk of a group begins with the biases.
+    chunk_of = np.repeat(np.arange(len(chunk_groups)), np.diff(chunk_starts))
+    biases = np.where(is_first, sizes, 0)
+    streams = np.append(0, np.cumsum(-(-(biases + np.diff(chunk_starts)) // LINE) * LINE))
+    at = np.arange(len(chunk_of)) - chunk_starts[chunk_of] + biases[chunk_of]
+    group, tap, channel, row = kept
+    weights = np.zeros(streams[-1], np.float32)
+    weights[streams[chunk_of] + at] = weight[first_rows[group] + row, channel, tap]
+    output = np.arange(len(weight))
+    weights[streams[:-1][is_first][output // rows] + output % rows] = stage.layer.bias
+
+    before = [_prologue(stage, size, first) for size, first in zip(sizes, is_first, strict=True)]
+    behind = [_epilogue(stage, size, last) for size, last in zip(sizes, is_last, strict=True)]
+    packets = _packets(stage, tap, channel, row, chunk_of, sizes, at)
+    code, code_starts = _assembled(before, packets, chunk_starts, behind)
+    chunks = np.stack([code_starts, streams[:-1] - SHORTEST], axis=1)
+    return Code(code, weights, chunks, np.searchsorted(chunk_groups, np.arange(len(first_rows))), first_rows)
+
+
+def _group_rows(kept: np.ndarray) -> int:
+    """Output channels of a group that need the fewest loads of ``kept [C_out, C_in, taps]``."""
+    loads = {
+        rows: int(np.logical_or.reduceat(kept, np.arange(0, len(kept), rows), axis=0).sum()) for rows in GROUP_ROWS
+    }
+    return min(loads, key=loads.get)
+
+
+def _in_order(kept: np.ndarray, rows: int, longest: int) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    """Kept weights in the order of their multiplications: by group, chunk, tap, input channel, row.
+
+    Returns group, tap, channel and row of each; the group of every chunk; where chunks start and the last one ends.
+    A chunk takes all taps of some input channels. A group without weights has one chunk without any.
+    """
+    groups = -(-len(kept) // rows)
+    padded = np.zeros((groups * rows, *kept.shape[1:]), bool)
+    padded[: len(kept)] = kept
+    grid = padded.reshape(groups, rows, *kept.shape[1:]).transpose(0, 3, 2, 1)
+    per_channel = grid.sum(axis=(1, 3))
+    chunk = (per_channel.cumsum(axis=1) - per_channel) // longest
+    each = np.nonzero(grid)
+    number = each[0] * (chunk.max() + 1) + chunk[each[0], each[2]]
+    order = np.argsort(number.astype(np.int32), kind="stable")
+    each, number = tuple(index[order] for index in each), number[order]
+    starts = np.flatnonzero(np.diff(number, prepend=-1))
+    chunk_groups = each[0][starts]
+    empty = np.setdiff1d(np.arange(groups), chunk_groups)
+    behind = np.searchsorted(chunk_groups, empty)
+    starts = np.insert(starts, behind, np.append(starts, len(number))[behind])
+    return each, np.insert(chunk_groups, behind, empty), np.append(starts, len(number))
+
+
+def _streams(stage: Stage) -> bool:
+    """Whether code runs for so few output vectors that it is read from memory about as often as it runs."""
+    return len(stage.places) <= FEW
+
+
+def _packets(stage: Stage, tap, channel, row, chunk_of, sizes, at) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What is done for each kept weight: move the pointer, fetch code, load the input, multiply.
+
+    Pairs of the weights that need an instruction, and its bytes for these.
+    """
+    source, kernel = stage.source, stage.layer.weight.shape[2:]
+    place = (chunk_of * (kernel[0] * kernel[1]) + tap) * source.channels + channel
+    new = np.diff(place, prepend=-1) != 0
+    x = SPARE - np.cumsum(new) % (SPARE + 1 - sizes[chunk_of])
+    ky, kx = np.divmod(tap[new], kernel[1])
+    disp = channel[new] * source.channel + ky * source.row + kx * source.column
+    masks = 0 if source.interleaved or not stage.layer.padding else np.choose(kx, [LEFT, 0, RIGHT])
+    window = LONGEST - SHORTEST
+    return [
+        (at % window == 0) & (at > 0),
+        _rows_of(encoder.add(RSI, 4 * window)),
+        (at % FETCH_EVERY == 0) & _streams(stage),
+        _rows_of(encoder.prefetch_code(AHEAD_BYTES)),
+        new,
+        encoder.load(x[new], RDI, disp, stage.lanes, masks),
+        np.ones(len(row), bool),
+        encoder.multiply_add(row, x, RSI, 4 * (at % window + SHORTEST), stage.lanes),
+    ]
+
+
+def _prologue(stage: Stage, size: int, first: bool) -> bytes:
+    """Sums begin with the biases, or with what the chunk before has left."""
+    masks = [encoder.load_mask(mask, R8, 2 * (mask - 1)) for mask in (LEFT, RIGHT, WRITTEN)]
+    sums = np.arange(size)
+    if first:
+        begin = encoder.broadcast(sums, RSI, 4 * (sums + SHORTEST), stage.lanes)
+    else:
+        begin = encoder.load(sums, RDX, BYTES[stage.lanes] * sums, stage.lanes)
+    return encoder.joined(*(() if stage.source.interleaved else masks), begin)
+
+
+def _epilogue(stage: Stage, size: int, last: bool) -> bytes:
+    """Sums wait for the next chunk; or ReLU, the max-pool, and out. NaN stays NaN: `encoder.maximum` returns its last."""
+    sums, lanes = np.arange(size), stage.lanes
+    if not last:
+        return encoder.joined(encoder.store(sums, RDX, BYTES[lanes] * sums, lanes), encoder.LEAVE)
+    disp = sums * (stage.raw if stage.pools_apart else stage.target).channel
+    if not stage.source.interleaved:
+        relu = (encoder.zero(SPARE, lanes), encoder.maximum(sums, SPARE, sums, lanes)) if stage.layer.relu else ()
+        return encoder.joined(*relu, encoder.store(sums, RCX, disp, lanes, WRITTEN), encoder.LEAVE)
+    if stage.layer.pool:  # the target holds the maximum so far; it began with the floor of ReLU
+        finish = [
+            (
+                encoder.load(SPARE, RCX, disp[i]),
+                encoder.maximum(i, SPARE, i),  # NaN of the sum stays
+                encoder.maximum(SPARE, i, SPARE),  # NaN of the target stays
+                encoder.bits_or(i, i, SPARE),
+            )
+            for i in sums
+        ]
+        finish = [part for parts in finish for part in parts]
+    else:
+        finish = [encoder.zero(SPARE), encoder.maximum(sums, SPARE, sums)] if stage.layer.relu else []
+    return encoder.joined(*finish, encoder.store(sums, RCX, disp), encoder.LEAVE)
+
+
+def _assembled(before, packets, chunk_starts, behind) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of all chunks, each at the start of a line, and where they start."""
+    present, forms = packets[::2], packets[1::2]
+    inside = np.append(0, np.cumsum(sum(p * form.shape[1] for p, form in zip(present, forms, strict=True))))
+    body = np.diff(inside[chunk_starts])
+    lead, trail = np.array([len(a) for a in before]), np.array([len(c) for c in behind])
+    ends = np.cumsum(-(-(lead + body + trail) // ALIGNMENT) * ALIGNMENT)
+    starts = np.append(0, ends[:-1])
+    code = np.full(ends[-1], TRAP, np.uint8)
+    position = inside[:-1] + np.repeat(starts + lead - inside[chunk_starts[:-1]], np.diff(chunk_starts))
+    for p, form in zip(present, forms, strict=True):
+        code[position[p][:, None] + np.arange(form.shape[1])] = form
+        position += p * form.shape[1]
+    for start, a, size, c in zip(starts, before, body, behind, strict=True):
+        code[start : start + len(a)] = np.frombuffer(a, np.uint8)
+        code[start + len(a) + size :][: len(c)] = np.frombuffer(c, np.uint8)
+    return code, starts
+
+
+def _rows_of(instruction: bytes) -> np.ndarray:
+    return np.frombuffer(instruction, np.uint8)[None]
+
+
+def _refuse_wild(stage: Stage) -> None:
+    """Every address that the code can reach lies inside of its layout."""
+    source, target = stage.source, stage.raw if stage.pools_apart else stage.target
+    rows, channels, *kernel = stage.layer.weight.shape
+    farthest = (channels - 1) * source.channel + (kernel[0] - 1) * source.row + (kernel[1] - 1) * source.column
+    vector = BYTES[stage.lanes]
+    reached = {
+        "read": (stage.places[:, 0].min(), stage.places[:, 0].max() + farthest + vector, source.size),
+        "write": (
+            stage.places[:, 1].min(),
+            stage.places[:, 1].max() + (rows - 1) * target.channel + vector,
+            target.size,
+        ),
+    }
+    for what, (lowest, highest, size) in reached.items():
+        if lowest < 0 or highest > size:
+            raise ValueError(f"code would {what} bytes {lowest} to {highest} of {size}: the plan is wrong")
