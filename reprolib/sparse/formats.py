@@ -219,13 +219,15 @@ def _index_type(columns: int) -> torch.dtype:
 
 def _compressed(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Row pointers and column indices of the True entries of a matrix."""
-    row_starts = torch.zeros(kept.shape[0] + 1, dtype=torch.int32)
+    row_starts = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=kept.device)
     row_starts[1:] = kept.sum(dim=1).cumsum(0)
     return row_starts, kept.nonzero()[:, 1].to(_index_type(kept.shape[1]))
 
 
 def _rows_of(row_starts: Tensor) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(row_starts) - 1), row_starts.diff().long())
+    return torch.repeat_interleave(
+        torch.arange(len(row_starts) - 1, device=row_starts.device), row_starts.diff().long()
+    )
 
 
 def _view_shape(shape: torch.Size) -> tuple[int, int]:
@@ -241,12 +243,12 @@ def _squeeze(places: Tensor, bank: int) -> Tensor:
     per_byte = 8 // _place_bits(bank)
     flat = places.flatten().to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % per_byte)).reshape(-1, per_byte)
-    shifts = torch.arange(per_byte, dtype=torch.uint8) * _place_bits(bank)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=places.device) * _place_bits(bank)
     return (flat << shifts).sum(dim=1, dtype=torch.uint8)
 
 
 def _expand(squeezed: Tensor, bank: int, count: int) -> Tensor:
     """Undo `_squeeze`: `count` places as int64."""
     bits = _place_bits(bank)
-    shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
+    shifts = torch.arange(8 // bits, dtype=torch.uint8, device=squeezed.device) * bits
     return ((squeezed[:, None] >> shifts) & (2**bits - 1)).flatten()[:count].long()

@@ -11,12 +11,26 @@ from torch import Tensor, nn
 from torch.nn.utils import fusion
 
 from reprolib.models import weight_in_place
-from reprolib.sparse import cuda, portable as cpu
+from reprolib.sparse import compilation, cpu, cuda, portable
 from reprolib.sparse.formats import pack
 
 # A layer with fewer columns (the first convolution has 27) costs little, zeros or not: it is packed before a pruned
 # one, because leaving the kernels' layout for it would cost more.
 FEW_COLUMNS = 64
+# A linear layer multiplies each weight once an image: at small batches it waits for its bytes, 11 per kept weight in
+# the kernels and 4 per weight in torch. With more kept weights than this it stays in torch, unless it is small.
+LINEAR_DENSITY = 0.35
+SMALL_WEIGHT = 1 << 16
+
+
+class _Prepared(dict):
+    """What kernels made of a layer: made again where it is missing, so neither copied nor saved with it."""
+
+    def __deepcopy__(self, memo: dict) -> _Prepared:
+        return _Prepared()
+
+    def __reduce__(self):
+        return _Prepared, ()
 
 
 class SparseLayer(nn.Module):
@@ -30,9 +44,9 @@ class SparseLayer(nn.Module):
         weight = weight.detach().cpu()
         self.weight = pack(weight)
         self.sparsity = 1 - weight.count_nonzero().item() / weight.numel()
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().cpu().clone()
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().cpu().clone()
         self.relu, self.pool = relu, pool
-        self._plans = {}
+        self._plans, self._network = _Prepared(), _Prepared()
 
     @property
     def halo(self) -> int:
@@ -43,14 +57,19 @@ class SparseLayer(nn.Module):
         """What `backend` works from, on `device`; prepared once."""
         key = (device, halo_out)
         if key not in self._plans:
-            arguments = {} if backend is cpu else {"device": device}
+            arguments = {} if backend is portable else {"device": device}
             self._plans[key] = backend.plan(
                 self.weight.unpack(), self.bias, relu=self.relu, pool=self.pool, halo_out=halo_out, **arguments
             )
         return self._plans[key]
 
     def forward(self, x: Tensor) -> Tensor:
-        return run([self], x)
+        return run([self], x, self._network)
+
+    def for_engine(self) -> cpu.Layer:
+        """Weight and bias as float32 arrays, and what follows."""
+        weight, bias = (array.float().contiguous().numpy() for array in (self.weight.unpack(), self.bias))
+        return cpu.Layer(weight, bias, self.relu, self.pool, self.halo)
 
     def extra_repr(self) -> str:
         shape = self.weight.shape
@@ -87,46 +106,82 @@ class SparseLinear(SparseLayer):
 class SparseSequential(nn.Sequential):
     """Sparse layers (and `nn.Flatten`) in a row: activations stay in the kernels' layout from the first to the last."""
 
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        self._network = _Prepared()
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        return SparseSequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
+
     def forward(self, x: Tensor) -> Tensor:
-        return run(list(self), x)
+        return run(list(self), x, self._network)
 
 
-def run(layers: list[nn.Module], x: Tensor) -> Tensor:
+def run(layers: list[nn.Module], x: Tensor, prepared: dict | None = None) -> Tensor:
     """Run sparse layers one after the other on ``[N, C, H, W]`` or ``[N, features]``; same type and device.
 
-    Raises ValueError for input of another shape or of whole numbers, and RuntimeError where a gradient is asked for or
-    the device has no kernels.
+    `prepared` keeps what is made for the layers together from call to call. Raises ValueError for input of another
+    shape or of whole numbers, and RuntimeError where a gradient is asked for or the device has no kernels.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("sparse layers have no gradient: call them under torch.inference_mode()")
     first = layers[0]
     if x.dim() != (2 if isinstance(first, SparseLinear) else 4) or x.shape[1] != first.weight.shape[1]:
         raise ValueError(f"input of shape {tuple(x.shape)} does not fit {first}")
-    if not len(x):
-        raise ValueError(f"input of shape {tuple(x.shape)} holds no images")
     if not x.is_floating_point():
         raise ValueError(f"input is {x.dtype}, sparse layers take floating-point numbers")
     backend = _backend(x.device)
+    if not len(x):  # a detector on an empty picture: the shape is that of one image's result
+        return run(layers, x.new_zeros(1, *x.shape[1:]), prepared)[:0]
+    maps = x if x.dim() == 4 else x[:, :, None, None]
+    _check_maps(layers, maps)
     with torch.no_grad():
-        y = backend.to_layout(x if x.dim() == 4 else x[:, :, None, None], first.halo)
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.Flatten):
-                y = y.reshape(y.shape[0], -1, 1, 1, y.shape[4])
-                continue
-            follower = layers[i + 1] if i + 1 < len(layers) else None
-            halo_out = follower.halo if isinstance(follower, SparseLayer) else 0
-            height, width = (size - 2 * layer.halo for size in y.shape[2:4])
-            if layer.pool and min(height, width) < 2:
-                raise ValueError(f"maps of {height}x{width} pixels are too small for the max-pool of {layer}")
-            y = backend.conv(y, layer.plan(backend, x.device, halo_out))
-        y = backend.from_layout(y, len(x))
+        y = _whole(layers, maps, prepared) if backend is cpu else _layer_by_layer(layers, maps, backend)
     flat = any(isinstance(layer, (nn.Flatten, SparseLinear)) for layer in layers)
     return (y.flatten(1) if flat else y).to(x.dtype)
 
 
+def _check_maps(layers: list[nn.Module], maps: Tensor) -> None:
+    """Raises ValueError where the maps that reach a layer do not fit it."""
+    channels, height, width = maps.shape[1:]
+    for layer in layers:
+        if isinstance(layer, nn.Flatten):
+            channels, height, width = channels * height * width, 1, 1
+            continue
+        if channels != layer.weight.shape[1]:
+            expected = layer.weight.shape[1]
+            raise ValueError(f"activations of {channels} channels do not fit a layer of {expected} input channels")
+        if layer.pool and min(height, width) < 2:
+            raise ValueError(f"maps of {height}x{width} pixels are too small for the max-pool of {layer}")
+        channels, height, width = layer.weight.shape[0], height // (1 + layer.pool), width // (1 + layer.pool)
+
+
+def _whole(layers: list[nn.Module], maps: Tensor, prepared: dict | None) -> Tensor:
+    """All layers in one call of the engine that makes code for their weights."""
+    prepared = {} if prepared is None else prepared
+    network = prepared.get("network")
+    if network is None:
+        network = prepared["network"] = cpu.Network([layer.for_engine() for layer in layers if hasattr(layer, "pool")])
+    images = maps.detach().to(torch.float32).contiguous().numpy()
+    return torch.from_numpy(network(images, torch.get_num_threads()))
+
+
+def _layer_by_layer(layers: list[nn.Module], maps: Tensor, backend: ModuleType) -> Tensor:
+    y = backend.to_layout(maps, layers[0].halo)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.Flatten):
+            y = y.reshape(y.shape[0], -1, 1, 1, y.shape[4])
+            continue
+        follower = layers[i + 1] if i + 1 < len(layers) else None
+        halo_out = follower.halo if isinstance(follower, SparseLayer) else 0
+        y = backend.conv(y, layer.plan(backend, maps.device, halo_out))
+    return backend.from_layout(y, len(maps))
+
+
 def _backend(device: torch.device) -> ModuleType:
     if device.type == "cpu":
-        return cpu
+        compilation.require()
+        return cpu if cpu.available() else portable
     if device.type == "cuda":
         cuda.require()
         return cuda
@@ -159,19 +214,34 @@ def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dens
     return model if device is None else model.to(device)
 
 
+KERNELS = {cpu: "code made for the weights (AVX-512)", portable: "Numba", cuda: "CUDA"}
+
+
 def describe(sparse_model: nn.Module) -> pd.DataFrame:
-    """One row per sparse layer: format, sparsity, bytes of the format beside those of the dense weight."""
-    layers = {name: m for name, m in sparse_model.named_modules() if isinstance(m, SparseLayer)}
-    rows = {
-        name: {
-            "layer": "×".join(map(str, layer.weight.shape)),
-            "format": str(layer.weight),
-            "sparsity_pct": 100 * layer.sparsity,
-            "storage_bytes": layer.weight.storage_bytes,
-            "dense_bytes": layer.weight.shape.numel() * layer.weight.values.element_size(),
-        }
-        for name, layer in layers.items()
-    }
+    """One row per sparse layer: format, sparsity, bytes of the format beside those of the dense weight, what runs it.
+
+    Also one per layer with zeros that torch runs, with the reason.
+    """
+    rows = {}
+    for name, layer in sparse_model.named_modules():
+        if isinstance(layer, SparseLayer):
+            rows[name] = {
+                "layer": "×".join(map(str, layer.weight.shape)),
+                "format": str(layer.weight),
+                "sparsity_pct": 100 * layer.sparsity,
+                "storage_bytes": layer.weight.storage_bytes,
+                "dense_bytes": layer.weight.shape.numel() * layer.weight.values.element_size(),
+                "runs_in": KERNELS[_backend(layer.bias.device)],
+            }
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)) and not bool(layer.weight.all()):
+            rows[name] = {
+                "layer": "×".join(map(str, layer.weight.shape)),
+                "format": "dense",
+                "sparsity_pct": 100 * (1 - layer.weight.count_nonzero().item() / layer.weight.numel()),
+                "storage_bytes": layer.weight.nbytes,
+                "dense_bytes": layer.weight.nbytes,
+                "runs_in": f"torch: {_unsupported(layer) or 'a dense layer between them is not packed'}",
+            }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
 
 
@@ -259,7 +329,9 @@ def _unsupported(module: nn.Conv2d | nn.Linear) -> str | None:
     if _has_hooks(module):
         return "its hooks would not be called"
     if isinstance(module, nn.Linear):
-        return None
+        density = module.weight.count_nonzero().item() / module.weight.numel()
+        slow = density > LINEAR_DENSITY and module.weight.numel() > SMALL_WEIGHT
+        return f"{density:.0%} of its weights are kept, dense is faster" if slow else None
     if module.kernel_size not in ((3, 3), (1, 1)):
         return f"its kernel is {module.kernel_size}, 3x3 and 1x1 are supported"
     if module.stride != (1, 1) or module.dilation != (1, 1) or module.groups != 1:
@@ -274,10 +346,14 @@ def _with_batch_norm(layer: nn.Module, rest: list[nn.Module]) -> tuple[nn.Module
     if not rest or getattr(rest[0], "running_mean", None) is None:  # without statistics it would take the batch's own
         return layer, rest
     if isinstance(layer, nn.Conv2d) and _is_plain(rest[0], nn.BatchNorm2d):
-        return fusion.fuse_conv_bn_eval(layer, rest[0]), rest[1:]
-    if isinstance(layer, nn.Linear) and _is_plain(rest[0], nn.BatchNorm1d):
-        return fusion.fuse_linear_bn_eval(layer, rest[0]), rest[1:]
-    return layer, rest
+        fold = fusion.fuse_conv_bn_eval
+    elif isinstance(layer, nn.Linear) and _is_plain(rest[0], nn.BatchNorm1d):
+        fold = fusion.fuse_linear_bn_eval
+    else:
+        return layer, rest
+    # In float64: in half precision a small variance or eps is zero, and the quotient is NaN.
+    folded = fold(copy.deepcopy(layer).double(), copy.deepcopy(rest[0]).double())
+    return folded.to(torch.promote_types(layer.weight.dtype, torch.float32)), rest[1:]
 
 
 def _sparse_layer(layer: nn.Module, relu: bool = False, pool: bool = False) -> SparseLayer:

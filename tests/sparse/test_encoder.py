@@ -154,5 +154,5 @@ def test_scalar_instructions(number, mask, disp):
     ],
 )
 def test_what_does_not_fit_is_refused(wrong):
-    with pytest.raises(ValueError, match="does not fit|can't be a base"):
+    with pytest.raises(ValueError, match=r"does not fit|can't be a base"):
         wrong()

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from reprolib.models import vgg16, weights
 from reprolib.patterns import NM, Balanced, Block, Unstructured
 from reprolib.pruning import apply_masks, make_masks, prunable
-from reprolib.sparse import SparseConv2d, SparseLinear, cuda, describe, layers, sparsify
+from reprolib.sparse import SparseConv2d, SparseLinear, cpu, cuda, describe, layers, sparsify
 from reprolib.sparse.layers import SparseLayer, SparseSequential, run
 
 
@@ -433,7 +433,6 @@ def test_gradient_is_refused(sparse):
         (torch.zeros(2, 4, 4, 4), r"shape \(2, 4, 4, 4\) does not fit SparseConv2d\(3, 8, 3×3, ReLU, max-pool"),
         (torch.zeros(3, 4, 4), r"shape \(3, 4, 4\) does not fit SparseConv2d"),
         (torch.zeros(2, 3), r"shape \(2, 3\) does not fit SparseConv2d"),
-        (torch.zeros(0, 3, 4, 4), r"shape \(0, 3, 4, 4\) holds no images"),
         (torch.zeros(2, 3, 1, 4), "maps of 1x4 pixels are too small for the max-pool of SparseConv2d"),
         (torch.zeros(2, 3, 8, 8), "activations of 128 channels do not fit a layer of 32 input channels"),
         (torch.zeros(20, 3, 2, 2), "activations of 8 channels do not fit a layer of 32 input channels"),
@@ -444,6 +443,13 @@ def test_gradient_is_refused(sparse):
 def test_input_that_does_not_fit_is_refused(sparse, x, message):
     with pytest.raises(ValueError, match=message):
         sparse(x)
+
+
+def test_no_images_give_no_results(dense, sparse):
+    x = torch.zeros(0, 3, 4, 4)
+    assert sparse(x).shape == dense(x).shape == (0, 5)
+    assert sparse[:1](x).shape == (0, 8, 2, 2)
+    assert SparseLinear.from_dense(nn.Linear(6, 4))(torch.zeros(0, 6)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
@@ -531,7 +537,8 @@ def test_gradients_of_the_dense_layer_do_not_follow():
     assert not sparse(images(2, 8)).requires_grad
 
 
-def test_run_prepares_each_layer_once(sparse):
+def test_run_prepares_each_layer_once(sparse, monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
     layers = copy.deepcopy(list(sparse))
     for layer in layers[0], layers[2]:
         layer._plans.clear()
@@ -568,6 +575,7 @@ def test_describe():
             "sparsity_pct": pytest.approx(100 * 287 / 288),
             "storage_bytes": 9 * 4 + 2 + 4,
             "dense_bytes": 288 * 4,
+            "runs_in": layers.KERNELS[layers._backend(torch.device("cpu"))],
         },
         "3.0": {
             "layer": "4×16",
@@ -575,8 +583,26 @@ def test_describe():
             "sparsity_pct": 75.0,
             "storage_bytes": 2 * 4 + 2 + 16 * 4,
             "dense_bytes": 64 * 4,
+            "runs_in": layers.KERNELS[layers._backend(torch.device("cpu"))],
         },
     }
+
+
+def test_layers_that_torch_runs_faster_stay_there_and_describe_says_so():
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300), nn.ReLU(), conv(4, 4, stride=2)).eval()
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0
+        model[2].weight[:, ::4] = 0
+        model[4].weight[0] = 0
+    table = describe(sparsify(model))
+    assert table["runs_in"].tolist() == [
+        "torch: 100% of its weights are kept, dense is faster",
+        "torch: 75% of its weights are kept, dense is faster",
+        "torch: stride, dilation and groups must be 1",
+    ]
+    model[2].weight.data[:, ::2] = model[2].weight.data[:, 1::4].repeat(1, 2) * 0
+    model[2].weight.data[:, 1::4] = 0
+    assert not describe(sparsify(model)).loc["2.0", "runs_in"].startswith("torch")
 
 
 def test_describe_counts_what_the_masks_pruned(pruned_vgg):
@@ -595,6 +621,54 @@ def test_folding_keeps_pruned_weights_zero():
     (layer,) = sparsify(model)
     assert (layer.weight.unpack() == 0)[model[0].weight == 0].all()
     assert layer.sparsity >= 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batch_norm_is_folded_in_float64(dtype):
+    model = prepared(nn.Sequential(conv(4, 4), nn.BatchNorm2d(4, eps=1e-12))).to(dtype)
+    with torch.no_grad():
+        model[1].running_var.zero_()
+        model[1].running_mean.zero_()
+        model[1].running_var[1] = 1e-7
+    folded = sparsify(model)
+    assert folded[0].weight.unpack().isfinite().all()
+    exact = copy.deepcopy(model).double()(images(2, 4, 3, 3).double()).detach()
+    y = folded(images(2, 4, 3, 3))
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("batch", [2, 9, 16])
+def test_nan_reaches_every_pool_that_sees_it(portable, relu, batch, monkeypatch):
+    if portable:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    layer = nn.Conv2d(1, 1, 1)
+    nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+    sparse = SparseConv2d.from_dense(layer, relu=relu, pool=True)
+    for missing in (torch.nan, -torch.nan):
+        for place in range(16):
+            x = images(batch, 1, 4, 4, seed=place)
+            x[batch // 2].view(-1)[place] = missing
+            expected = torch.nn.functional.max_pool2d(x.relu() if relu else x, 2)
+            torch.testing.assert_close(sparse(x), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_default_type_and_device_do_not_matter(dense, portable, monkeypatch):
+    if portable:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    x = images(9, 3, 4, 4)
+    expected = sparsify(dense)(x)
+    model = sparsify(dense)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(model(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(sparsify(dense)(x), expected)
+    assert torch.equal(model(x), expected)
 
 
 def test_network_through_the_gpu_kernels_specification(monkeypatch):

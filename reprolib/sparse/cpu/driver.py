@@ -12,22 +12,24 @@ import mmap
 import os
 import queue
 import threading
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import lru_cache, partial
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from reprolib.sparse.compilation import compiled
 from reprolib.sparse.cpu import generator, planner
-from reprolib.sparse.cpu.planner import FILL, INPUT, LANES, LAYER, OUTPUT, POOL, POOL_CHANNELS, STRETCH
+from reprolib.sparse.cpu.planner import FILL, INPUT, LANES, LAYER, POOL, STRETCH
 
 LINE = 8  # int64 in a line of the cache: counters of different steps do not disturb each other
 SPINS = 2000  # before a waiting thread lets others run
 VECTORS = planner.BAND
-SCRATCH = generator.GROUP_ROWS[0] * planner.BAND * 4 * LANES  # bytes that the sums of a band need
-KIND, TASKS, STAGE, SOURCE, SOURCE_STRIDE, TARGET, TARGET_STRIDE, BUNDLE, BUNDLES, BAND = range(10)
+SUMS = generator.GROUP_ROWS[0] * 4 * LANES  # bytes that the sums of an output vector need
+SCRATCH = SUMS * VECTORS
+KIND, TASKS, STAGE, SOURCE, SOURCE_STRIDE, TARGET, TARGET_STRIDE, BUNDLE, BUNDLES, BAND, PARTS = range(11)
 CHANNELS, HEIGHT, WIDTH, IMAGES, FIRST, CHANNEL, ROW, COLUMN, ZEROS, ZEROS_END = range(10)  # of a layout, in numbers
 
 _I64 = ir.IntType(64)
@@ -46,6 +48,29 @@ def _call(context, code, source, weights, sums, target, masks):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def _get(context, array, i):
+    """array[i] without a look at its bounds, or for a negative i: loops of it become vector instructions."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return types.float32(types.float32[::1], types.int64), generate
+
+
+@intrinsic
+def _set(context, array, i, value):
+    """array[i] = value, likewise."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        builder.store(arguments[2], builder.gep(data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.float32[::1], types.int64, types.float32), generate
 
 
 @intrinsic
@@ -90,21 +115,20 @@ def _call_named(name, result, context, builder, signature, arguments):
 # --- Tasks ------------------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
-def _come_in(x, first_image, layout, arena, at):
-    """A bundle of images ``[N, C, H, W]`` into its layout."""
-    channels, height, width, images = layout[CHANNELS], layout[HEIGHT], layout[WIDTH], layout[IMAGES]
-    size = channels * height * width
-    for c in range(channels):
-        for h in range(height):
-            to = at + layout[FIRST] + c * layout[CHANNEL] + h * layout[ROW]
-            start = first_image * size + (c * height + h) * width
-            for w in range(width):
-                for i in range(images):
-                    arena[to + w * layout[COLUMN] + i] = x[start + i * size + w]
+@compiled(nogil=True)
+def _come_in(x, first_image, layout, arena, at, part, parts):
+    """Every so many rows of a bundle of images ``[N, C, H, W]`` into their layout."""
+    height, width, images = layout[HEIGHT], layout[WIDTH], layout[IMAGES]
+    rows = layout[CHANNELS] * height
+    for row in range(part, rows, parts):
+        to = at + layout[FIRST] + row // height * layout[CHANNEL] + row % height * layout[ROW]
+        start = (first_image * rows + row) * width
+        for w in range(width):
+            for i in range(images):
+                _set(arena, to + w * layout[COLUMN] + i, _get(x, start + i * rows * width + w))
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _go_out(arena, at, layout, y, first_image):
     """A bundle of images from its layout."""
     channels, height, width, images = layout[CHANNELS], layout[HEIGHT], layout[WIDTH], layout[IMAGES]
@@ -115,42 +139,49 @@ def _go_out(arena, at, layout, y, first_image):
                 start = at + layout[FIRST] + c * layout[CHANNEL] + h * layout[ROW] + i
                 to = (first_image + i) * size + (c * height + h) * width
                 for w in range(width):
-                    y[to + w] = arena[start + w * layout[COLUMN]]
+                    _set(y, to + w, _get(arena, start + w * layout[COLUMN]))
 
 
-@njit(nogil=True, cache=True)
-def _fill(arena, at, layout, fills, values):
-    """What surrounds the maps of a layout, and where a max-pool begins."""
-    for i in range(layout[ZEROS], layout[ZEROS_END]):
-        arena[at + fills[i, 0] : at + fills[i, 1]] = values[i]
+@compiled(nogil=True)
+def _fill(arena, at, layout, fills, values, part, parts):
+    """What surrounds the maps of a layout, and where a max-pool begins: every so many ranges."""
+    for i in range(layout[ZEROS] + part, layout[ZEROS_END], parts):
+        for number in range(at + fills[i, 0], at + fills[i, 1]):
+            _set(arena, number, values[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _larger(a, b):
     """As torch has it: NaN if one of them is."""
     return a if a > b or a != a else b
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _pool(arena, source, raw, target, layout, first, last):
     """Max-pool channels where positions share a vector: pixels lie one after the other, images innermost."""
-    images = raw[IMAGES]
+    images, width = raw[IMAGES], layout[WIDTH]
     for c in range(first, last):
         for h in range(layout[HEIGHT]):
             upper = source + raw[FIRST] + c * raw[CHANNEL] + 2 * h * raw[ROW]
             lower = upper + raw[ROW]
             to = target + layout[FIRST] + c * layout[CHANNEL] + h * layout[ROW]
-            for w in range(layout[WIDTH]):
+            if images == 1:
+                for w in range(width):
+                    above = _larger(_get(arena, upper + 2 * w), _get(arena, upper + 2 * w + 1))
+                    below = _larger(_get(arena, lower + 2 * w), _get(arena, lower + 2 * w + 1))
+                    _set(arena, to + w, _larger(above, below))
+                continue
+            for w in range(width):
+                left = 2 * w * images
+                right = left + images
                 for i in range(images):
-                    left = 2 * w * images + i
-                    right = left + images
-                    above = _larger(arena[upper + left], arena[upper + right])
-                    below = _larger(arena[lower + left], arena[lower + right])
-                    arena[to + w * images + i] = _larger(above, below)
+                    above = _larger(_get(arena, upper + left + i), _get(arena, upper + right + i))
+                    below = _larger(_get(arena, lower + left + i), _get(arena, lower + right + i))
+                    _set(arena, to + w * images + i, _larger(above, below))
 
 
-@njit(nogil=True, cache=True)
-def _group(chunks, places, masks, source, source_stride, target, target_stride, start, stop, scratch, row_bytes):
+@compiled(nogil=True)
+def _group(chunks, places, masks, source, source_stride, target, target_stride, start, stop, sums):
     """A group of output channels for the output vectors [start, stop), counted through all bundles."""
     count = len(places)
     for k in range(len(chunks)):
@@ -160,7 +191,7 @@ def _group(chunks, places, masks, source, source_stride, target, target_stride, 
                 chunks[k, 0],
                 source + bundle * source_stride + places[place, 0],
                 chunks[k, 1],
-                scratch + (vector - start) * row_bytes,
+                sums + (vector - start) * SUMS,
                 target + bundle * target_stride + places[place, 1],
                 masks + place * 8,
             )
@@ -169,87 +200,80 @@ def _group(chunks, places, masks, source, source_stride, target, target_stride, 
                 bundle, place = bundle + 1, 0
 
 
-@njit(nogil=True, cache=True)
-def _work(x, y, arena, base, scratch, steps, stages, groups, chunks, places, masks, fills, values, layouts, counters):
-    """Take tasks, step by step, until all are done. Addresses in bytes, places in `arena` in numbers."""
+@compiled(nogil=True)
+def _layer(tables, i, first, last, source, source_stride, target, target_stride, start, stop, sums):
+    """Groups [first, last) of layer i for the output vectors [start, stop), band by band."""
+    stages, groups, chunks, all_places, masks = tables
+    stage = stages[i]
+    places = all_places[stage[2] : stage[2] + stage[3]]
+    for at in range(start, stop, VECTORS):
+        for g in range(stage[0] + first, stage[0] + last):
+            _group(
+                chunks[groups[g, 0] : groups[g, 1]], places, masks + 8 * stage[2], source, source_stride,
+                target + groups[g, 2], target_stride, at, min(at + VECTORS, stop), sums,
+            )  # fmt: skip
+
+
+@compiled(nogil=True)
+def _stretch(x, arena, base, step, task, slot, tables, layouts, fills, values, sums):
+    """One bundle through the first layers, in two buffers of this thread; the last layer writes elsewhere."""
+    at, bundle = step[SOURCE] + slot * step[SOURCE_STRIDE], step[BUNDLE] + task
+    other = at + step[PARTS] * step[SOURCE_STRIDE]
+    _fill(arena, at // 4, layouts[0], fills, values, 0, 1)
+    _come_in(x, bundle * layouts[0, IMAGES], layouts[0], arena, at // 4, 0, 1)
+    for i in range(step[STAGE]):
+        if i == step[STAGE] - 1:
+            other = step[TARGET] + bundle * step[TARGET_STRIDE]
+        _fill(arena, other // 4, layouts[i + 1], fills, values, 0, 1)
+        stage = tables[0][i]
+        _layer(tables, i, 0, stage[1], base + at, 0, base + other, 0, 0, stage[3], sums)
+        at, other = other, at
+
+
+@compiled(nogil=True)
+def _do(x, y, arena, base, step, task, slot, tables, layouts, fills, values, sums):
+    """One task of a step. Addresses are bytes; places in arrays are numbers."""
+    stages, i, parts = tables[0], step[STAGE], step[PARTS]
+    bundle, part = task // parts, task % parts
+    source = (step[SOURCE] + bundle * step[SOURCE_STRIDE]) // 4
+    target = (step[TARGET] + bundle * step[TARGET_STRIDE]) // 4
+    if step[KIND] == STRETCH:
+        _stretch(x, arena, base, step, task, slot, tables, layouts, fills, values, sums)
+    elif step[KIND] == INPUT:
+        _fill(arena, target, layouts[0], fills, values, part, parts)
+        _come_in(x, (step[BUNDLE] + bundle) * layouts[0, IMAGES], layouts[0], arena, target, part, parts)
+    elif step[KIND] == FILL:
+        _fill(arena, target, layouts[i + 1], fills, values, part, parts)
+    elif step[KIND] == LAYER:
+        groups, bands = stages[i, 1], step[TASKS] // parts
+        start = task % bands * step[BAND]
+        stop = min(start + step[BAND], step[BUNDLES] * stages[i, 3])
+        first, last = task // bands * groups // parts, (task // bands + 1) * groups // parts
+        _layer(
+            tables, i, first, last, base + step[SOURCE], step[SOURCE_STRIDE], base + step[TARGET],
+            step[TARGET_STRIDE], start, stop, sums,
+        )  # fmt: skip
+    elif step[KIND] == POOL:
+        raw, layout = layouts[len(stages) + 1 + i], layouts[i + 1]
+        channels = raw[CHANNELS]
+        _pool(arena, source, raw, target, layout, part * channels // parts, (part + 1) * channels // parts)
+    else:
+        layout = layouts[len(stages)]
+        _go_out(arena, source, layout, y, bundle * layout[IMAGES])
+
+
+@compiled(nogil=True)
+def _work(x, y, arena, base, scratch, steps, tables, layouts, fills, values, counters):
+    """Take tasks, step by step, until all are done."""
     slot = _claim(counters, 0)
-    sums = scratch + slot * SCRATCH
-    row_bytes = 4 * LANES * 31
     for s in range(len(steps)):
-        step = steps[s]
-        kind, tasks, first_stage = step[KIND], step[TASKS], step[STAGE]
         claimed, done = LINE * (2 * s + 1), LINE * (2 * s + 2)
+        tasks = steps[s, TASKS]
         while True:
             task = _claim(counters, claimed)
             if task >= tasks:
                 break
-            if kind == LAYER:
-                stage = stages[first_stage]
-                bands = tasks // stage[1]
-                g, start = stage[0] + task // bands, task % bands * step[BAND]
-                stop = min(start + step[BAND], step[BUNDLES] * stage[3])
-                _group(
-                    chunks[groups[g, 0] : groups[g, 1]],
-                    places[stage[2] : stage[2] + stage[3]],
-                    masks + 8 * stage[2],
-                    base + step[SOURCE],
-                    step[SOURCE_STRIDE],
-                    base + step[TARGET] + groups[g, 2],
-                    step[TARGET_STRIDE],
-                    start,
-                    stop,
-                    sums,
-                    row_bytes,
-                )
-            elif kind == STRETCH:
-                at = step[SOURCE] + slot * step[SOURCE_STRIDE]
-                other = at + step[BAND] * step[SOURCE_STRIDE]
-                _fill(arena, at // 4, layouts[0], fills, values)
-                _come_in(x, (step[BUNDLE] + task) * layouts[0, IMAGES], layouts[0], arena, at // 4)
-                for i in range(first_stage):
-                    stage = stages[i]
-                    if i == first_stage - 1:
-                        other = step[TARGET] + (step[BUNDLE] + task) * step[TARGET_STRIDE]
-                    _fill(arena, other // 4, layouts[i + 1], fills, values)
-                    for start in range(0, stage[3], VECTORS):
-                        for g in range(stage[0], stage[0] + stage[1]):
-                            _group(
-                                chunks[groups[g, 0] : groups[g, 1]],
-                                places[stage[2] : stage[2] + stage[3]],
-                                masks,
-                                base + at,
-                                0,
-                                base + other + groups[g, 2],
-                                0,
-                                start,
-                                min(start + VECTORS, stage[3]),
-                                sums,
-                                row_bytes,
-                            )
-                    at, other = other, at
-            elif kind == FILL:
-                at = (step[TARGET] + task * step[TARGET_STRIDE]) // 4
-                _fill(arena, at, layouts[first_stage + 1], fills, values)
-            elif kind == POOL:
-                raw, layout = layouts[len(stages) + 1 + first_stage], layouts[first_stage + 1]
-                for bundle in range(step[BUNDLES]):
-                    _pool(
-                        arena,
-                        (step[SOURCE] + bundle * step[SOURCE_STRIDE]) // 4,
-                        raw,
-                        (step[TARGET] + bundle * step[TARGET_STRIDE]) // 4,
-                        layout,
-                        task * POOL_CHANNELS,
-                        min((task + 1) * POOL_CHANNELS, raw[CHANNELS]),
-                    )
-            elif kind == INPUT:
-                at = (step[TARGET] + task * step[TARGET_STRIDE]) // 4
-                _fill(arena, at, layouts[0], fills, values)
-                _come_in(x, (step[BUNDLE] + task) * layouts[0, IMAGES], layouts[0], arena, at)
-            else:
-                layout = layouts[len(stages)]
-                at = (step[SOURCE] + task * step[SOURCE_STRIDE]) // 4
-                _go_out(arena, at, layout, y, task * layout[IMAGES])
+            _do(x, y, arena, base, steps[s], task, slot, tables, layouts, fills, values, scratch + slot * SCRATCH)
             _claim(counters, done)
         spins = 0
         while _read(counters, done) < tasks:
@@ -302,9 +326,9 @@ class Program:
         ends = np.cumsum([0, *map(len, zeros)])
         layouts = [self.stages[0].source, *(s.target for s in self.stages), *(s.raw for s in self.stages)]
         numbers = [
-            (l.channels, l.height, l.width, l.images, l.first // 4, l.channel // 4, l.row // 4, l.column // 4,
+            (*at.shape, at.images, at.first // 4, at.channel // 4, at.row // 4, at.column // 4,
              ends[min(i, len(zeros) - 1)], ends[min(i + 1, len(zeros))])
-            for i, l in enumerate(layouts)
+            for i, at in enumerate(layouts)
         ]  # fmt: skip
         fills = np.concatenate(zeros)
         joined = (np.concatenate(part) for part in (groups, chunks, places, masks))
@@ -323,11 +347,11 @@ class Program:
         y = np.empty((len(x), last.channels, last.height, last.width), np.float32)
         arena = _arena(arenas, size + threads * SCRATCH)
         stages, groups, chunks, places, masks, fills, values, layouts = self._tables
+        tables = stages, groups, chunks, places, masks.ctypes.data
         counters = np.zeros(LINE * (2 * len(steps) + 1), np.int64)
         base = arena.ctypes.data
         arguments = (
-            x.reshape(-1), y.reshape(-1), arena, base, base + size, steps, stages, groups, chunks, places,
-            masks.ctypes.data, fills, values, layouts, counters,
+            x.reshape(-1), y.reshape(-1), arena, base, base + size, steps, tables, layouts, fills, values, counters,
         )  # fmt: skip
         _invite(threads - 1, (self, *arguments))
         _work(*arguments)
@@ -401,14 +425,16 @@ def _libc() -> ctypes.CDLL:
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
+LINGER = 20_000  # pauses for which a helper stays awake after its work: waking up takes long
 _invitations: queue.SimpleQueue
+_bell: np.ndarray  # counts invitations
 _helpers: list[threading.Thread]
 
 
 def _alone() -> None:
     """Nobody helps yet: at the start, and in a forked child, where threads are gone."""
-    global _invitations, _helpers
-    _invitations, _helpers = queue.SimpleQueue(), []
+    global _invitations, _bell, _helpers
+    _invitations, _bell, _helpers = queue.SimpleQueue(), np.zeros(LINE, np.int64), []
 
 
 _alone()
@@ -417,14 +443,25 @@ os.register_at_fork(after_in_child=_alone)
 
 def _invite(count: int, work: tuple) -> None:
     while len(_helpers) < count:
-        _helpers.append(threading.Thread(target=_help, args=(_invitations,), name="reprolib helper", daemon=True))
+        _helpers.append(threading.Thread(target=_help, args=(_invitations, _bell), daemon=True))
         _helpers[-1].start()
     for _ in range(count):
         _invitations.put(work)
+    _bell[0] += 1
 
 
-def _help(invitations: queue.SimpleQueue) -> None:
+def _help(invitations: queue.SimpleQueue, bell: np.ndarray) -> None:
     while True:
         _, *arguments = invitations.get()  # the first one keeps the code alive
+        heard = int(bell[0])
         _work(*arguments)
         del _, arguments
+        _linger(bell, heard)
+
+
+@compiled(nogil=True)
+def _linger(bell, heard):
+    for _ in range(LINGER):
+        if _read(bell, 0) != heard:
+            return
+        _pause()

@@ -1,8 +1,8 @@
 """The code of one layer, made for its weights.
 
-A *group* of up to 31 output channels keeps its sums in registers. Column by column (tap, input channel) the input vector
-is loaded once, and one multiplication follows per kept weight of the group: its place is the instruction's register
-number, its value the next one of a stream of weights. Columns without a kept weight cost nothing:
+A *group* of up to 31 output channels keeps its sums in registers. Column by column (tap, input channel) the input
+vector is loaded once, and one multiplication follows per kept weight of the group: its place is the instruction's
+register number, its value the next one of a stream of weights. Columns without a kept weight cost nothing:
 
     kept weights of a group      its code
       column 0 1 2 3
@@ -10,8 +10,9 @@ number, its value the next one of a stream of weights. Columns without a kept we
     row 1    . . # .             load x from column 2;  sum0 += ..;  sum1 += ..
     row 2    # . . .
 
-About 2,000 multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays in
-the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and SparseDNN.
+About 2,000 multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays
+in the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and
+SparseDNN; patents touch the field (US 11,216,732, US 10,915,816).
 
 A chunk is called as ``f(source, weights, sums, target, masks)``.
 """
@@ -28,7 +29,7 @@ from reprolib.sparse.cpu.planner import Stage
 
 CHUNK = 2000  # multiplications of a chunk where many output vectors share it
 CHUNK_OF_FEW, FEW = 8000, 8  # where there are few output vectors: the code streams from memory anyway
-AHEAD_BYTES, FETCH_EVERY = 32768, 6  # how far ahead streaming code fetches itself, and after how many multiplications
+AHEAD_BYTES, FETCH_EVERY = 8192, 6  # how far ahead streaming code fetches itself, and after how many multiplications
 GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen
 SHORTEST, LONGEST = -128, 128  # distances of one byte, in weights; the stream's pointer moves behind them
 SPARE = 31  # the register that no sum uses
@@ -157,7 +158,7 @@ def _prologue(stage: Stage, size: int, first: bool) -> bytes:
 
 
 def _epilogue(stage: Stage, size: int, last: bool) -> bytes:
-    """Sums wait for the next chunk; or ReLU, the max-pool, and out. NaN stays NaN: `encoder.maximum` returns its last."""
+    """Sums wait for the next chunk; or ReLU, the max-pool, and out. NaN stays: `encoder.maximum` returns its last."""
     sums, lanes = np.arange(size), stage.lanes
     if not last:
         return encoder.joined(encoder.store(sums, RDX, BYTES[lanes] * sums, lanes), encoder.LEAVE)

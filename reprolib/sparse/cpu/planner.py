@@ -18,26 +18,31 @@ import numpy as np
 LANES = 16
 BAND = 32  # output vectors of a band: a multiple of the four that a max-pool takes
 TASKS_PER_THREAD = 4  # of a layer that threads share
+FEWEST = 8  # output vectors of such a task that does all groups: each thread reads all code
 SMALL_MAP = 16  # pixels: layers of smaller maps run for all images at once
 
-# Kinds of steps, and what one task of them is: 16 images, or fewer that share a vector, come in; go through a stretch;
-# get their zeros; a band of output vectors times a group of output channels; some channels are pooled; images go out.
-INPUT, STRETCH, FILL, LAYER, POOL, OUTPUT = range(6)
-POOL_CHANNELS = 16
+PARTS = 8  # of a bundle: tasks of steps that only move numbers
+# Kinds of steps, and what their tasks are. A bundle are 16 images, or fewer that share a vector.
+INPUT = 0  # rows of a bundle come in
+STRETCH = 1  # a bundle runs through all layers of the stretch
+FILL = 2  # zeros around the maps of a bundle, or the floor below a max-pool
+LAYER = 3  # output vectors times groups of output channels
+POOL = 4  # channels of a bundle
+OUTPUT = 5  # a bundle goes out
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A convolution: ``weight [C_out, C_in, K_h, K_w]`` and ``bias [C_out]``, float32, then ReLU and 2x2 max-pool.
+    """``weight [C_out, C_in, K, K]`` or ``[out, in]`` and ``bias``, float32; then ReLU and a 2x2 max-pool if asked.
 
-    A linear layer behind a flattened map is a convolution with a kernel as large as the map.
+    A linear layer is a convolution with a kernel as large as its map.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     relu: bool
     pool: bool
-    padding: int
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Layout:
     width: int
     halo: int
     images: int  # 16: they share a vector; fewer: positions do
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
 
     @property
     def interleaved(self) -> bool:
@@ -124,6 +133,8 @@ def stages(layers: list[Layer], height: int, width: int, images: int) -> list[St
     source = Layout(layers[0].weight.shape[1], height, width, layers[0].padding, images)
     found = []
     for layer, follower in itertools.zip_longest(layers, layers[1:]):
+        if layer.weight.ndim == 2:
+            layer = replace(layer, weight=layer.weight.reshape(len(layer.weight), *source.shape))
         c_out, c_in, *kernel = layer.weight.shape
         out = [size + 2 * layer.padding - k + 1 for size, k in zip((source.height, source.width), kernel, strict=True)]
         if c_in != source.channels or min(out) < 1 + layer.pool:
@@ -173,20 +184,22 @@ def _pixels(height: int, width: int, pooled: bool) -> tuple[np.ndarray, np.ndarr
 class Step:
     """`tasks` that any thread may do, in any order; the next step begins when all are done.
 
-    Activations lie in one arena: those of bundle i of images at ``source + i * source_stride`` (bytes), likewise the
-    target. `bundle` is the first one that takes part, `bundles` how many do, `band` the output vectors of a task.
+    Activations lie in one arena: those of bundle i at ``source + i * source_stride`` (bytes), likewise the target.
+    `bundle` is the first one that takes part, `bundles` how many do. A task of a layer does `band` output vectors of
+    one of `parts` of its groups; other tasks do one of `parts` of a bundle.
     """
 
     kind: int
     tasks: int
-    stage: int
-    source: int
-    source_stride: int
-    target: int
-    target_stride: int
-    bundle: int
-    bundles: int
-    band: int
+    stage: int = 0
+    source: int = 0
+    source_stride: int = 0
+    target: int = 0
+    target_stride: int = 0
+    bundle: int = 0
+    bundles: int = 1
+    band: int = 0
+    parts: int = 1
 
 
 def stretch(stages: list[Stage]) -> int:
@@ -201,52 +214,53 @@ def schedule(stages: list[Stage], groups: list[int], bundles: int, threads: int)
     """Steps for `bundles` of images, and the bytes of their arena. `groups` of output channels has each stage."""
     layouts = [stages[0].source, *(stage.target for stage in stages)]
     deep = stretch(stages)
-    alone = bundles - bundles % threads if deep else 0  # bundles that one thread each takes through the stretch
-    own = max(layout.size for layout in layouts[: deep + 1]) if deep else 0
+    own = max((layout.size for layout in layouts[: deep + 1]), default=0) if deep else 0
     late = max([layout.size for layout in layouts[deep:]] + [s.raw.size for s in stages[deep:] if s.pools_apart])
-    tail = 2 * threads * own
-    steps = []
-
-    def shared(first: int, last: int, bundle: int, count: int, buffers: tuple[int, int], stride: int, end: tuple):
-        """Layers that threads share; the last one writes to buffer and stride `end`."""
-        at, other = buffers
-        for i in range(first, last):
-            stage = stages[i]
-            target, target_stride = end if i == last - 1 and end else (other, stride)
-            tasks = dict(stage=i, bundle=bundle, bundles=count)
-            fill = Step(FILL, count, source=0, source_stride=0, target=target, target_stride=target_stride, band=0, **tasks)
-            vectors = count * len(stage.places)
-            band = _band(vectors, groups[i], threads)
-            work = dict(source=at, source_stride=stride, band=band, **tasks)
-            many = -(-vectors // band) * groups[i]
-            if stage.pools_apart:
-                steps.append(Step(LAYER, many, target=other, target_stride=stride, **work))
-                pool = dict(source=other, source_stride=stride, target=at, target_stride=stride, band=0, **tasks)
-                steps.append(Step(FILL, count, **(pool | dict(source=0))))
-                steps.append(Step(POOL, -(-stage.raw.channels // POOL_CHANNELS), **pool))
-            else:
-                steps.append(fill)
-                steps.append(Step(LAYER, many, target=target, target_stride=target_stride, **work))
-                at, other = target, at
-        return at
-
-    def come_in(bundle: int, count: int, target: int, stride: int):
-        steps.append(Step(INPUT, count, 0, 0, 0, target, stride, bundle, count, 0))
-
-    if alone:
-        steps.append(Step(STRETCH, alone, deep, 0, own, tail, late, 0, alone, threads))
+    tail = 2 * threads * own  # behind two buffers for every thread: two for all bundles
+    alone = bundles - bundles % threads if deep else 0  # bundles that one thread each takes through the stretch
     rest = bundles - alone
+    steps = []
+    if alone:
+        steps.append(Step(STRETCH, alone, deep, 0, own, tail, late, parts=threads))
+    if rest:
+        at, stride = (0, own) if deep else (tail, late)
+        steps.append(Step(INPUT, rest * PARTS, target=at, target_stride=stride, bundle=alone, parts=PARTS))
     if rest and deep:
-        come_in(alone, rest, 0, own)
-        shared(0, deep, alone, rest, (0, threads * own), own, (tail + alone * late, late))
-    elif rest:
-        come_in(0, rest, tail, late)
-    at = shared(deep, len(stages), 0, bundles, (tail, tail + bundles * late), late, ())
-    steps.append(Step(OUTPUT, bundles, len(stages), at, late, 0, 0, 0, bundles, 0))
+        end = tail + alone * late, late
+        steps += _shared(stages[:deep], groups, 0, rest, (0, threads * own), own, end, threads)[0]
+    last, at = _shared(stages[deep:], groups[deep:], deep, bundles, (tail, tail + bundles * late), late, None, threads)
+    steps += [*last, Step(OUTPUT, bundles, source=at, source_stride=late)]
     return steps, tail + 2 * bundles * late
 
 
-def _band(vectors: int, groups: int, threads: int) -> int:
-    """Output vectors of a task: whole bands, unless there would be too few tasks for all threads."""
-    tasks = max(1, TASKS_PER_THREAD * threads // groups)
-    return min(BAND, max(4, -(-vectors // tasks // 4) * 4))
+def _shared(stages, groups, first, bundles, buffers, stride, end, threads) -> tuple[list[Step], int]:
+    """Layers that threads share, in two buffers; the last one may write to another place and stride, `end`.
+
+    Also returns where the activations behind the last layer lie.
+    """
+    at, other = buffers
+    steps = []
+    for i, stage in enumerate(stages):
+        target, target_stride = end if end and i == len(stages) - 1 else (other, stride)
+        work = _work(first + i, bundles * len(stage.places), groups[i], threads)
+        work = replace(
+            work, bundles=bundles, source=at, source_stride=stride, target=target, target_stride=target_stride
+        )
+        if stage.pools_apart:
+            moves = Step(FILL, bundles * PARTS, first + i, other, stride, at, stride, bundles=bundles, parts=PARTS)
+            steps += [work, moves, replace(moves, kind=POOL)]
+        else:
+            fill = Step(FILL, bundles * PARTS, first + i, 0, 0, target, target_stride, bundles=bundles, parts=PARTS)
+            steps += [fill, work]
+            at, other = target, at
+    return steps, at
+
+
+def _work(stage: int, vectors: int, groups: int, threads: int) -> Step:
+    """How threads share a layer: by output vectors if there are many, else by groups, so that each reads other code."""
+    if vectors >= FEWEST * threads:
+        tasks, parts = min(TASKS_PER_THREAD * threads, vectors // FEWEST), 1
+    else:
+        tasks, parts = 1, groups
+    band = -(-vectors // tasks // 4) * 4
+    return Step(LAYER, -(-vectors // band) * parts, stage, band=band, parts=parts)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 from functools import cache
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
 from torch import Tensor
 
+from reprolib.sparse.compilation import compiled
 from reprolib.sparse.portable.layout import LANES, workspace
 from reprolib.sparse.portable.packing import BLOCK_ROWS, TILE_VECTORS, Plan, bands_of
 
@@ -53,8 +56,10 @@ class _Emitter:
         return self.builder.shuffle_vector(lanes, empty, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
     def maximum(self, floor, vector):
-        """The larger of both, lane by lane; NaN in `vector` stays."""
-        return self.builder.select(self.builder.fcmp_unordered(">", vector, floor), vector, floor)
+        """The larger of both, lane by lane; NaN if one of them is."""
+        larger = self.builder.fcmp_ordered(">", vector, floor)
+        missing = self.builder.fcmp_unordered("uno", vector, vector)
+        return self.builder.select(self.builder.or_(larger, missing), vector, floor)
 
 
 @intrinsic
@@ -119,7 +124,13 @@ def _store_row(context, scratch, sources, step, y, at, count, bias, floor):
     return types.void(scratch, sources, step, y, at, count, bias, floor), generate
 
 
-@njit(boundscheck=False, cache=True)
+@compiled(boundscheck=False)
+def _larger(a, b):
+    """The larger of both; NaN if one of them is."""
+    return a if a > b or a != a else b
+
+
+@compiled(boundscheck=False)
 def _finish(scratch, start, pitch, first_row, rows, height, bias, floor, pool, y, channel, halo):
     """Bias, ReLU and max-pool for one output channel of a band, written to ``y[:, channel]`` with its halo.
 
@@ -142,12 +153,12 @@ def _finish(scratch, start, pitch, first_row, rows, height, bias, floor, pool, y
             _store_row(scratch, (lower,), LANES, y, at, count, bias, floor)
         elif pool:
             for w in range(count):
-                above = max(scratch[upper + 2 * w], scratch[upper + 2 * w + 1])
-                below = max(scratch[lower + 2 * w], scratch[lower + 2 * w + 1])
-                row[w + halo, 0] = max(max(above, below) + bias, floor)
+                above = _larger(scratch[upper + 2 * w], scratch[upper + 2 * w + 1])
+                below = _larger(scratch[lower + 2 * w], scratch[lower + 2 * w + 1])
+                row[w + halo, 0] = _larger(_larger(above, below) + bias, floor)
         else:
             for w in range(count):
-                row[w + halo, 0] = max(scratch[lower + w] + bias, floor)
+                row[w + halo, 0] = _larger(scratch[lower + w] + bias, floor)
         if halo:
             row[0], row[-1] = 0, 0
             if out == 1:
@@ -156,7 +167,7 @@ def _finish(scratch, start, pitch, first_row, rows, height, bias, floor, pool, y
                 y[image, channel, out + 1] = 0
 
 
-@njit(boundscheck=False, cache=True)
+@compiled(boundscheck=False)
 def _sum_block(
     v, s, x, offsets, values, segment_rows, segment_starts, first, last, places, start, stop, scratch
 ):  # fmt: skip
@@ -170,7 +181,7 @@ def _sum_block(
             )
 
 
-@njit(parallel=True, boundscheck=False, cache=True)
+@compiled(parallel=True, boundscheck=False)
 def _convolve(
     v, s, x, y, halo, block_starts, segment_rows, segment_starts, offsets, values, bias, places, bands, rows, pitch,
     height, floor, pool,
@@ -207,13 +218,28 @@ def conv(x: Tensor, plan: Plan) -> Tensor:
     at = bands_of(groups, channels, height, width, plan.halo, n, plan.pool, TILE_VECTORS[plan.length])
     v, s = _tile(plan.length)
     _compile(plan.length)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    _convolve(
-        v, s, x.numpy().ravel(), y.numpy(), halo, plan.block_starts, plan.segment_rows, plan.segment_starts,
-        plan.offsets(height, width, n), plan.values.ravel(), plan.bias, at.places, at.bands, at.rows, at.pitch, height,
-        np.float32(0 if plan.relu else -np.inf), plan.pool,
-    )  # fmt: skip
+    with _threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
+        _convolve(
+            v, s, x.numpy().ravel(), y.numpy(), halo, plan.block_starts, plan.segment_rows, plan.segment_starts,
+            plan.offsets(height, width, n), plan.values.ravel(), plan.bias, at.places, at.bands, at.rows, at.pitch,
+            height, np.float32(0 if plan.relu else -np.inf), plan.pool,
+        )  # fmt: skip
     return y
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def _threads(count: int):
+    """Numba with `count` threads, as it was afterwards; its layer "workqueue" can't serve two callers at once."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(count)
+    try:
+        with _one_at_a_time if numba.threading_layer() == "workqueue" else contextlib.nullcontext():
+            yield
+    finally:
+        numba.set_num_threads(before)
 
 
 def conv_spec(x: np.ndarray, plan: Plan) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LANES = 16  # float32 in a vector: one AVX-512 register, two of AVX2, four of NEON
+KEPT_NUMBERS = 1 << 24  # of a workspace that is far too large for what comes next
 SMALL_BATCH = 8  # below it, lanes are pixels instead of images
 
 
@@ -46,7 +47,8 @@ def workspace(name: str, shape: tuple[int, ...]) -> Tensor:
     """
     size = math.prod(shape)
     held = vars(_workspaces)
-    if name not in held or held[name].numel() < size + 2 * LANES:
+    room = held[name].numel() - 2 * LANES if name in held else -1
+    if not size <= room <= max(4 * size, KEPT_NUMBERS):
         with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
-            held[name] = torch.empty(size + 2 * LANES)
+            held[name] = torch.empty(size + 2 * LANES, dtype=torch.float32, device="cpu")
     return held[name][:size].view(shape)

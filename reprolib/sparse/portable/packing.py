@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reprolib.sparse.portable.layout import LANES
 
+REMEMBERED = 8  # sizes of images whose offsets a plan keeps
 BLOCK_ROWS = 16  # output channels of a task
 # Output vectors of a task, at most, for each output channel, by images interleaved: what 16 of them read stays in the
 # second-level cache; a single image is small, and more vectors waste fewer lanes at the ends of bands.
@@ -58,11 +59,16 @@ class Plan:
         return self.shape[2] // 2
 
     def offsets(self, height: int, width: int, n: int) -> np.ndarray:
-        """How far, in floats, each entry reads from an output vector's place; remembered for each input size."""
+        """How far, in floats, each entry reads from an output vector's place; remembered for the last input sizes."""
         if (height, width, n) not in self._offsets:
             kernel, halo = self.shape[2], self.halo
             pixels = (self.channels.astype(np.int64) * (height + 2 * halo) + self.taps // kernel) * (width + 2 * halo)
-            self._offsets[height, width, n] = ((pixels + self.taps % kernel) * n).astype(np.int32)
+            offsets = (pixels + self.taps % kernel) * n
+            if offsets.size and offsets.max() > np.iinfo(np.int32).max:
+                raise ValueError(f"{self.shape[1]} maps of {height}x{width} pixels are too large: split the images")
+            while len(self._offsets) >= REMEMBERED:
+                del self._offsets[next(iter(self._offsets))]
+            self._offsets[height, width, n] = offsets.astype(np.int32)
         return self._offsets[height, width, n]
 
 

@@ -1,0 +1,63 @@
+"""Numba's compiler with its cache on disk, which may be missing or damaged: then there is one line, and compilation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import numba
+
+
+def compiled(**options) -> Callable:
+    """Like ``numba.njit(cache=True, **options)``, where a cache can be kept; else without."""
+
+    def compile_function(function: Callable) -> Callable:
+        try:
+            dispatcher = numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder for it: the package's is read-only, and there is no home
+            _say("no folder for compiled kernels can be written: they are compiled anew in every process")
+            return numba.njit(**options)(function)
+        if not numba.config.DISABLE_JIT:
+            dispatcher._cache = _Forgiving(dispatcher._cache)
+        return dispatcher
+
+    return compile_function
+
+
+class _Forgiving:
+    """A cache of Numba whose files may be damaged, or cannot be written."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def load_overload(self, *arguments):
+        try:
+            return self._inner.load_overload(*arguments)
+        except Exception as error:  # of a file cut short nearly any comes
+            _say(f"a compiled kernel could not be read ({type(error).__name__}): it is compiled again")
+            self._try(self._inner.flush)
+            return None
+
+    def save_overload(self, *arguments):
+        self._try(self._inner.save_overload, *arguments)
+
+    def _try(self, function: Callable, *arguments) -> None:
+        try:
+            function(*arguments)
+        except Exception as error:
+            _say(f"compiled kernels could not be kept ({error}): they are compiled anew in every process")
+
+
+@cache
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def require() -> None:
+    """Raises RuntimeError where Numba is told not to compile."""
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set, and sparse kernels are compiled by Numba: unset it")
