@@ -18,7 +18,7 @@ from reprolib import pruning, sparse
 from reprolib.bench.timing import Contender, rotating
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
-from reprolib.sparse import cpu, cuda
+from reprolib.sparse import cpu, cuda, portable
 from reprolib.sparse.layers import SparseConv2d
 from reprolib.training.precision import usable
 
@@ -140,7 +140,18 @@ def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **abo
 
 def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
     layer = SparseConv2d.from_dense(conv, relu=True)
-    kernels = cpu if device == "cpu" else cuda
+    if device == "cpu" and cpu.available():
+        n = min(len(images[0]), cpu.LANES)
+        program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n)
+        calls = [program.alone(x.numpy(), torch.get_num_threads()) for x in images]
+
+        def once(call: tuple) -> Callable:
+            again, results = call
+            again()
+            return results
+
+        return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), **about)
+    kernels = portable if device == "cpu" else cuda
     plan = layer.plan(kernels, torch.device(device), 1)
     inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
     return Contender(SPARSE, kernel_type(device), rotating(lambda x: kernels.conv(x, plan), inputs, device), **about)

@@ -79,7 +79,7 @@ def reads_picture(weight: torch.Tensor, channel: int, place: tuple[int, int], si
 
 
 def layout_picture(many: torch.Tensor, one: torch.Tensor) -> Figure:
-    """The start of the first row of a map in memory, as the CPU kernels lay it out, and what three taps read of it.
+    """The start of the first row of a map in memory, as the portable kernels lay it out, and what taps read of it.
 
     `many` and `one` are activations in their layout, of 16 images and of one; what they hold, numbers of images and
     of pixels, say, stands in the cells.
@@ -101,6 +101,37 @@ def layout_picture(many: torch.Tensor, one: torch.Tensor) -> Figure:
     for axis in (upper, lower):
         axis.set_xlim(-0.6, lanes + 4)
         axis.title.set_fontsize("medium")
+    return figure
+
+
+def code_picture(weight: torch.Tensor) -> Figure:
+    """A small group ``[output channels, columns]`` beside the code that the CPU engine makes for it.
+
+    Columns and the instructions that they cause share a colour.
+    """
+    kept = weight.numpy() != 0
+    palette = np.array(sns.color_palette("pastel", 8).as_hex())
+    column_colors = palette[np.arange(kept.shape[1]) % len(palette)]
+    lines, number = [], 0
+    for column in np.flatnonzero(kept.any(axis=0)):
+        sums = []
+        for row in np.flatnonzero(kept[:, column]):
+            sums.append(f"sum{row} += x · w[{number}]")
+            number += 1
+        lines.append((column, f"load x from column {column:2};  {';  '.join(sums)}"))
+    places = np.full(kept.shape, "", dtype=object)
+    by_column = np.argwhere(kept.T)
+    places[by_column[:, 1], by_column[:, 0]] = [f"w[{i}]" for i in range(len(by_column))]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1, 1.1], layout="constrained")
+    _cells(left, np.where(kept, column_colors[None], EMPTY), places)
+    left.set(xlabel="column (tap, input channel)", ylabel="output channel = register of a sum")
+    left.set_title(f"the mask of a group: {number} kept weights", fontsize="medium")
+    for i, (column, text) in enumerate(lines):
+        style = {"boxstyle": "square,pad=0.25", "facecolor": column_colors[column], "edgecolor": "none"}
+        right.text(0, -i, text, family="monospace", fontsize=7, va="center", bbox=style)
+    right.set(xlim=(0, 1), ylim=(-len(lines) + 0.4, 0.6))
+    right.set_title(f"its code: {len(lines)} loads, {number} multiply-adds, no index, no branch", fontsize="medium")
+    right.axis("off")
     return figure
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 
 import numba
+from numba.core import event
 
 
 def compiled(**options) -> Callable:
@@ -55,6 +57,25 @@ class _Forgiving:
 @cache
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+class _Note(event.Listener):
+    """Says so when Numba begins to compile; what comes from its cache stays silent."""
+
+    told = False
+
+    def on_start(self, _event):
+        if not self.told:
+            print("compiling a CPU kernel: some seconds, once on this machine", file=sys.stderr)
+        self.told = True
+
+    def on_end(self, _event):
+        pass
+
+
+def told() -> AbstractContextManager:
+    """While this lasts, compilation says what takes so long."""
+    return event.install_listener("numba:compile", _Note())
 
 
 def require() -> None:

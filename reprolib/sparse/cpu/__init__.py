@@ -1,7 +1,8 @@
 """Pruned convolutions and linear layers on a CPU with AVX-512: machine code made for the weights, for any mask.
 
-`encoder` knows instructions, `generator` makes the code of a layer, `planner` says where activations lie and who does
-what, `driver` runs a whole network in one call. `portable` holds the kernels for other CPUs.
+`encoder` knows instructions, `generator` makes the code of a layer, `planner` says where activations lie and in which
+order the work is done, `driver` does it, and `network` holds code and threads. `reprolib.sparse.portable` has kernels
+for other CPUs.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numba
 import numpy as np
 
 from reprolib.sparse.cpu import encoder
-from reprolib.sparse.cpu.driver import Network, executable
-from reprolib.sparse.cpu.planner import Layer
+from reprolib.sparse.cpu.network import Network, Program, executable
+from reprolib.sparse.cpu.planner import LANES, Layer
 
-__all__ = ["Layer", "Network", "available"]
+__all__ = ["LANES", "Layer", "Network", "Program", "available"]
 
 
 @cache

@@ -233,6 +233,15 @@ def schedule(stages: list[Stage], groups: list[int], bundles: int, threads: int)
     return steps, tail + 2 * bundles * late
 
 
+def apart(stages: list[Stage], groups: list[int], bundles: int, threads: int) -> tuple[list[Step], ...]:
+    """Like `schedule`, in parts: images in, layers that threads share, images out; and the bytes of their arena."""
+    size = max(layout.size for stage in stages for layout in (stage.source, stage.raw, stage.target))
+    buffers = 0, bundles * size
+    layers, at = _shared(stages, groups, 0, bundles, buffers, size, None, threads)
+    come = Step(INPUT, bundles * PARTS, target=0, target_stride=size, parts=PARTS)
+    return [come], layers, [Step(OUTPUT, bundles, source=at, source_stride=size)], 2 * bundles * size
+
+
 def _shared(stages, groups, first, bundles, buffers, stride, end, threads) -> tuple[list[Step], int]:
     """Layers that threads share, in two buffers; the last one may write to another place and stride, `end`.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 from functools import cache
 
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import prange, types
-from numba.core import cgutils, event
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from reprolib.sparse.compilation import compiled
+from reprolib.sparse.compilation import compiled, told
 from reprolib.sparse.portable.layout import LANES, workspace
 from reprolib.sparse.portable.packing import BLOCK_ROWS, TILE_VECTORS, Plan, bands_of
 
@@ -266,20 +265,6 @@ def _tile(length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (0,) * length, (0,) * TILE_VECTORS[length]
 
 
-class _Note(event.Listener):
-    """Says so when Numba begins to compile; what comes from its cache stays silent."""
-
-    told = False
-
-    def on_start(self, _event):
-        if not self.told:
-            print("compiling a CPU kernel: some seconds, once on this machine", file=sys.stderr)
-        self.told = True
-
-    def on_end(self, _event):
-        pass
-
-
 @cache
 def _compile(length: int) -> None:
     """Compile the kernel for vectors of `length` weights, or load it from Numba's cache."""
@@ -287,7 +272,7 @@ def _compile(length: int) -> None:
     numba.get_num_threads()  # starts Numba's threads, which resets the number that torch shares with it
     torch.set_num_threads(threads)
     floats, indices, index, flag = types.float32[::1], types.int64[::1], types.int64, types.boolean
-    with event.install_listener("numba:compile", _Note()):
+    with told():
         _convolve.compile(
             (
                 *map(numba.typeof, _tile(length)), floats, types.float32[:, :, :, :, ::1], index, indices, indices,

@@ -1,0 +1,85 @@
+"""What Numba lacks: calls of machine code, counters that threads share, loops over memory without bounds."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_I64 = ir.IntType(64)
+
+
+@intrinsic
+def call(context, code, source, weights, sums, target, masks):
+    """Call machine code at an address with five addresses."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = ir.FunctionType(ir.VoidType(), [_I64] * 5).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], pointer), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def get(context, array, i):
+    """array[i] without a look at its bounds, or for a negative i: loops of it become vector instructions."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return types.float32(types.float32[::1], types.int64), generate
+
+
+@intrinsic
+def put(context, array, i, value):
+    """array[i] = value, likewise."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        builder.store(arguments[2], builder.gep(data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.float32[::1], types.int64, types.float32), generate
+
+
+@intrinsic
+def claim(context, counters, i):
+    """Add one to a counter that threads share; its value before."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [arguments[1]]), _I64(1), "seq_cst")
+
+    return types.int64(types.int64[::1], types.int64), generate
+
+
+@intrinsic
+def read(context, counters, i):
+    """The counter's value now, and all that was written before it rose to that."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(builder.gep(data, [arguments[1]]), "acquire", 8)
+
+    return types.int64(types.int64[::1], types.int64), generate
+
+
+@intrinsic
+def pause(context):
+    """Tell the core that this is a waiting loop."""
+    return types.void(), partial(_call_named, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+@intrinsic
+def let_others_run(context):
+    return types.void(), partial(_call_named, "sched_yield", ir.IntType(32))
+
+
+def _call_named(name, result, context, builder, signature, arguments):
+    known = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(result, []), name)
+    builder.call(known, [])
+    return context.get_dummy_value()
