@@ -116,16 +116,17 @@ def code_picture(weight: torch.Tensor) -> Figure:
     for column in np.flatnonzero(kept.any(axis=0)):
         sums = []
         for row in np.flatnonzero(kept[:, column]):
-            sums.append(f"sum{row} += x · w[{number}]")
+            sums.append(f"sum{row}+=x·w{number}")
             number += 1
-        lines.append((column, f"load x from column {column:2};  {';  '.join(sums)}"))
+        lines.append((column, f"x = column {column:2};  {'; '.join(sums)}"))
     places = np.full(kept.shape, "", dtype=object)
     by_column = np.argwhere(kept.T)
-    places[by_column[:, 1], by_column[:, 0]] = [f"w[{i}]" for i in range(len(by_column))]
+    places[by_column[:, 1], by_column[:, 0]] = [str(i) for i in range(len(by_column))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1, 1.1], layout="constrained")
     _cells(left, np.where(kept, column_colors[None], EMPTY), places)
     left.set(xlabel="column (tap, input channel)", ylabel="output channel = register of a sum")
-    left.set_title(f"the mask of a group: {number} kept weights", fontsize="medium")
+    left.set_title(f"the mask of a group: {number} kept weights, in the order of the code", fontsize="medium")
+    left.set_aspect("auto")
     for i, (column, text) in enumerate(lines):
         style = {"boxstyle": "square,pad=0.25", "facecolor": column_colors[column], "edgecolor": "none"}
         right.text(0, -i, text, family="monospace", fontsize=7, va="center", bbox=style)
