@@ -29,6 +29,7 @@ from reprolib.patterns import from_gemm_view, gemm_view, tile, untile
 
 SIZES = (64, 32, 16, 8, 4)  # of blocks and vectors that `pack` looks for
 LONGEST_BANK = 256  # a position inside a bank fits into a byte
+SAMPLE_ROWS = 64  # that show whether balanced rows are worth a look at all of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,33 +178,55 @@ def pack(weight: Tensor) -> Format:
 
 
 def _options(weight: Tensor) -> dict[tuple, int]:
-    """Bytes, without the row pointers, of every format that `pack` considers, by its constructor and sizes."""
+    """Bytes, without the row pointers, of every format that `pack` considers, by its constructor and sizes.
+
+    What a look at some rows shows to be larger than another one is left out.
+    """
     matrix = (gemm_view(weight) != 0).to(torch.uint8)
     columns = matrix.shape[1]
     value = weight.element_size()
+    blocks, vectors = _surviving(matrix)
+    fullest = {bank: _fullest(tile(matrix, 1, SIZES[0]), bank) for bank in SIZES}  # banks outside of blocks are empty
     options = {}
     for size in SIZES:
-        tiles = tile(matrix, size, size)
-        survive = tiles.any(dim=1).bool()
-        blocks, index = int(survive.sum()), _index_type(-(-columns // size)).itemsize
-        options[Blocks.pack, size, size] = blocks * (size * size * value + index)
+        index = _index_type(-(-columns // size)).itemsize
+        options[Blocks.pack, size, size] = blocks[size] * (size * size * value + index)
         for bank in (b for b in SIZES if b <= size):
-            places = blocks * size * size // bank * _fullest(tiles[survive], bank)
-            options[BalancedBlocks.pack, size, size, bank] = blocks * index + _balanced_bytes(places, value, bank)
+            places = blocks[size] * size * size // bank * fullest[bank]
+            options[BalancedBlocks.pack, size, size, bank] = blocks[size] * index + _balanced_bytes(places, value, bank)
     index = _index_type(columns).itemsize
     for length in (*SIZES, 2, 1):
-        vectors = int(tile(matrix, length, 1).any(dim=1).sum())
-        options[ColumnVectors.pack, length] = vectors * (length * value + index)
+        options[ColumnVectors.pack, length] = vectors[length] * (length * value + index)
     index, rows = _index_type(1).itemsize, int(matrix.any(dim=1).sum())  # of blocks as long as a row
+
+    def balanced(rows_looked_at: Tensor, bank: int) -> int:
+        places = rows * columns // bank * _fullest(rows_looked_at, bank)
+        return rows * index + _balanced_bytes(places, value, bank)
+
     for bank in (b for b in range(2, min(columns, LONGEST_BANK) + 1) if columns % b == 0):
-        places = rows * columns // bank * _fullest(matrix, bank)
-        options[BalancedBlocks.pack, 1, columns, bank] = rows * index + _balanced_bytes(places, value, bank)
+        if balanced(matrix[:SAMPLE_ROWS], bank) <= min(options.values()):
+            options[BalancedBlocks.pack, 1, columns, bank] = balanced(matrix, bank)
     return options
+
+
+def _surviving(kept: Tensor) -> tuple[dict[int, int], dict[int, int]]:
+    """How many square tiles, and how many column vectors, hold a kept weight (uint8, 1 = kept), by their size."""
+    rows, columns = (-size % SIZES[0] for size in kept.shape)
+    tiles = vectors = torch.nn.functional.pad(kept, (0, columns, 0, rows))
+    tile_counts, vector_counts = {}, {1: int(kept.count_nonzero())}
+    size = 1
+    while size < SIZES[0]:  # from those half as large
+        size *= 2
+        vectors = vectors[::2] | vectors[1::2]
+        tiles = tiles[::2] | tiles[1::2]
+        tiles = tiles[:, ::2] | tiles[:, 1::2]
+        tile_counts[size], vector_counts[size] = int(tiles.count_nonzero()), int(vectors.count_nonzero())
+    return tile_counts, vector_counts
 
 
 def _fullest(kept: Tensor, bank: int) -> int:
     """The largest number of kept weights (uint8, 1 = kept) in any bank of ``[.., columns]``."""
-    return max(int(kept.reshape(-1, bank).sum(dim=1).max()), 1) if kept.numel() else 1
+    return max(int(kept.reshape(-1, bank).sum(dim=1, dtype=torch.int16).max()), 1) if kept.numel() else 1
 
 
 def _balanced_bytes(weights: int, value_bytes: int, bank: int) -> int:
