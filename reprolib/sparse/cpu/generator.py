@@ -10,7 +10,7 @@ register number, its value the next one of a stream of weights. Columns without 
     row 1    . . # .             load x from column 2;  sum0 += ..;  sum1 += ..
     row 2    # . . .
 
-About 2,000 multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays
+About 1,000 multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays
 in the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and
 SparseDNN; patents touch the field (US 11,216,732, US 10,915,816).
 
@@ -27,7 +27,7 @@ from reprolib.sparse.cpu import encoder
 from reprolib.sparse.cpu.encoder import BYTES, R8, RCX, RDI, RDX, RSI
 from reprolib.sparse.cpu.planner import Stage
 
-CHUNK = 2000  # multiplications of a chunk where many output vectors share it
+CHUNK = 1000  # multiplications of a chunk where many output vectors share it
 CHUNK_OF_FEW, FEW = 8000, 8  # where there are few output vectors: the code streams from memory anyway
 AHEAD_BYTES, FETCH_EVERY = 8192, 6  # how far ahead streaming code fetches itself, and after how many multiplications
 GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen

@@ -18,7 +18,7 @@ import numpy as np
 LANES = 16
 BAND = 32  # output vectors of a band: a multiple of the four that a max-pool takes
 TASKS_PER_THREAD = 4  # of a layer that threads share
-FEWEST = 8  # output vectors of such a task that does all groups: each thread reads all code
+FEWEST = 16  # output vectors of such a task that does all groups: each thread reads all code
 SMALL_MAP = 16  # pixels: layers of smaller maps run for all images at once
 
 PARTS = 8  # of a bundle: tasks of steps that only move numbers
