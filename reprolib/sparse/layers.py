@@ -110,9 +110,6 @@ class SparseSequential(nn.Sequential):
         super().__init__(*layers)
         self._network = _Prepared()
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
-        return SparseSequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
-
     def forward(self, x: Tensor) -> Tensor:
         return run(list(self), x, self._network)
 

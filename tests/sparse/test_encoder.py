@@ -35,7 +35,7 @@ def assemble(lines: list[str]) -> bytes:
     triple = "x86_64-unknown-linux-gnu"
     text = "\\0A".join([".intel_syntax noprefix", *lines])
     module = llvm.parse_assembly(f'target triple = "{triple}"\nmodule asm "{text}"\n')
-    features = "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512bf16"
+    features = "+avx512f,+avx512vl"
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu="x86-64", features=features, opt=0)
     return text_section(machine.emit_object(module))
 
@@ -74,10 +74,6 @@ FORMS = {
         encoder.multiply_add(r, a, base, d, n),
         f"{{evex}} vfmadd231ps {vector(r, n)}, {vector(a, n)}, dword ptr {memory(base, d)}{{1to{n}}}",
     ),
-    "dot_bf16": lambda r, a, b, base, d, n, k: (
-        encoder.multiply_add(r, a, base, d, n, bf16=True),
-        f"{{evex}} vdpbf16ps {vector(r, n)}, {vector(a, n)}, dword ptr {memory(base, d)}{{1to{n}}}",
-    ),
     "maximum": lambda r, a, b, base, d, n, k: (
         encoder.maximum(r, a, b, n),
         f"{{evex}} vmaxps {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
@@ -86,23 +82,10 @@ FORMS = {
         encoder.bits_or(r, a, b, n),
         f"vpord {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
     ),
-    "and": lambda r, a, b, base, d, n, k: (
-        encoder.bits_and(r, a, b, n),
-        f"vpandd {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
-    ),
     "zero": lambda r, a, b, base, d, n, k: (
         encoder.zero(r, n),
         f"vpxord {vector(r, n)}, {vector(r, n)}, {vector(r, n)}",
     ),
-    "to_bf16": lambda r, a, b, base, d, n, k: (
-        encoder.to_bf16(r, a, b, n),
-        f"vcvtne2ps2bf16 {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
-    ),
-    "permute_words": lambda r, a, b, base, d, n, k: (
-        encoder.permute_words(r, a, b, n),
-        f"vpermw {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
-    ),
-    "shift_left_16": lambda r, a, b, base, d, n, k: (encoder.shift_left_16(r, a), f"vpslld zmm{r}, zmm{a}, 16"),
 }
 
 

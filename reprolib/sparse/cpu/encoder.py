@@ -19,22 +19,18 @@ RDX, RCX, RSI, RDI, R8 = 2, 1, 6, 7, 8
 
 @dataclass(frozen=True)
 class _Operation:
-    """Where an instruction stands in the tables of the manual: opcode map, implied prefix, W, opcode."""
+    """Where an instruction stands in the tables of the manual: opcode map, implied prefix, opcode."""
 
     map: int
     prefix: int
     opcode: int
-    wide: int = 0
 
 
 _LOAD, _STORE = _Operation(1, 0, 0x10), _Operation(1, 0, 0x11)  # vmovups
 _BROADCAST = _Operation(2, 1, 0x18)  # vbroadcastss
 _MULTIPLY_ADD = _Operation(2, 1, 0xB8)  # vfmadd231ps
-_DOT_BF16 = _Operation(2, 2, 0x52)  # vdpbf16ps
 _MAXIMUM = _Operation(1, 0, 0x5F)  # vmaxps
-_OR, _XOR, _AND = _Operation(1, 1, 0xEB), _Operation(1, 1, 0xEF), _Operation(1, 1, 0xDB)  # vpord, vpxord, vpandd
-_TO_BF16 = _Operation(2, 3, 0x72)  # vcvtne2ps2bf16
-_PERMUTE_WORDS = _Operation(2, 1, 0x8D, wide=1)  # vpermw
+_OR, _XOR = _Operation(1, 1, 0xEB), _Operation(1, 1, 0xEF)  # vpord, vpxord
 
 LEAVE = bytes((0xC5, 0xF8, 0x77, 0xC3))  # vzeroupper; ret
 
@@ -54,9 +50,9 @@ def broadcast(register, base, disp, lanes=16):
     return _memory(_BROADCAST, register, 0, base, disp, lanes, 4)
 
 
-def multiply_add(total, x, base, disp, lanes=16, bf16=False):
-    """total += x * the float32 at memory[base + disp]; `bf16`: the dot products of pairs of bfloat16."""
-    return _memory(_DOT_BF16 if bf16 else _MULTIPLY_ADD, total, x, base, disp, lanes, 4, broadcast=True)
+def multiply_add(total, x, base, disp, lanes=16):
+    """total += x * the float32 at memory[base + disp]."""
+    return _memory(_MULTIPLY_ADD, total, x, base, disp, lanes, 4, broadcast=True)
 
 
 def maximum(register, a, b, lanes=16):
@@ -68,28 +64,8 @@ def bits_or(register, a, b, lanes=16):
     return _registers(_OR, register, a, b, lanes)
 
 
-def bits_and(register, a, b, lanes=16):
-    return _registers(_AND, register, a, b, lanes)
-
-
 def zero(register, lanes=16):
     return _registers(_XOR, register, register, register, lanes)
-
-
-def to_bf16(register, upper, lower, lanes=16):
-    """Lower half of the register = `lower` rounded to bfloat16, upper half = `upper`."""
-    return _registers(_TO_BF16, register, upper, lower, lanes)
-
-
-def permute_words(register, places, x, lanes=16):
-    """Word i of the register = word places[i] of x."""
-    return _registers(_PERMUTE_WORDS, register, places, x, lanes)
-
-
-def shift_left_16(register, x):
-    """Every lane of 32 bits moved up by 16: the lower bfloat16 of a pair as float32 (vpslld)."""
-    code = _registers(_Operation(1, 1, 0x72), 6, register, x, 16)
-    return np.concatenate([code, np.full((len(code), 1), 16, np.uint8)], axis=1)
 
 
 def add(register: int, amount: int) -> bytes:
@@ -153,7 +129,7 @@ def _prefix(operation, register, second, third, third_high, lanes, broadcast=Fal
     code[:, 0] = 0x62
     upper = (~register >> 3 & 1) << 7 | (~third_high & 1) << 6 | (~third >> 3 & 1) << 5 | (~register >> 4 & 1) << 4
     code[:, 1] = upper | operation.map
-    code[:, 2] = operation.wide << 7 | (~second & 15) << 3 | 4 | operation.prefix
+    code[:, 2] = (~second & 15) << 3 | 4 | operation.prefix
     length = {16: 2, 8: 1, 4: 0}[lanes] << 5 | int(broadcast) << 4
     code[:, 3] = np.where(zeroing & (mask != 0), 0x80, 0) | length | (~second >> 4 & 1) << 3 | mask
     code[:, 4] = operation.opcode
