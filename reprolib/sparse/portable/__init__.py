@@ -1,4 +1,4 @@
-"""Pruned 3x3 and 1x1 convolutions on the CPU: Numba kernels that do work for stored weights only.
+"""For CPUs without AVX-512: Numba kernels for pruned 3x3 and 1x1 convolutions that work for stored weights only.
 
 **Layout.** Activations live in ``[ceil(N / n)][C][H + 2 halo][W + 2 halo][n]``, float32: n images interleaved, around
 every map a halo of zeros where a 3x3 convolution reads it. With n = 16 one pixel of 16 images is one SIMD vector; small
@@ -16,11 +16,10 @@ applies ReLU and the 2x2 max-pool and writes the next layer's input, halo includ
 
 from reprolib.sparse.portable.kernels import conv, conv_spec
 from reprolib.sparse.portable.layout import LANES, from_layout, interleaved, to_layout
-from reprolib.sparse.portable.packing import TILE_VECTORS, Plan, plan
+from reprolib.sparse.portable.packing import Plan, plan
 
 __all__ = [
     "LANES",
-    "TILE_VECTORS",
     "Plan",
     "conv",
     "conv_spec",

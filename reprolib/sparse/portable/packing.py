@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import llvmlite.binding
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ BAND_VECTORS = {LANES: 16, 1: 64}
 
 # Vector length V: output vectors S per register tile, and input channels per chunk. V * S accumulators fill half of the
 # registers, the rest holds inputs and weights.
-_WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-TILE_VECTORS = {1: 8, 4: 4} if _WIDE else {1: 4, 4: 1}
+TILE_VECTORS = {1: 4, 4: 1}
 CHUNK_CHANNELS = {1: 32, 4: 1 << 30}
 # Time of one stored weight, relative to V = 4: measured at 90 % sparsity on an AMD EPYC (Zen 4), 3x3, batch 64.
 RELATIVE_COST = {1: 1.6, 4: 1.0}
