@@ -140,9 +140,10 @@ def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **abo
 
 def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
     layer = SparseConv2d.from_dense(conv, relu=True)
-    if device == "cpu" and cpu.available():
-        n = min(len(images[0]), cpu.LANES)
-        program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n)
+    if device == "cpu" and cpu.instruction_sets():
+        isa = cpu.instruction_sets()[0]
+        n = min(len(images[0]), isa.LANES)
+        program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n, isa)
         calls = [program.alone(x.numpy(), torch.get_num_threads()) for x in images]
 
         def once(call: tuple) -> Callable:

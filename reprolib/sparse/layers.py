@@ -14,8 +14,9 @@ from reprolib.models import weight_in_place
 from reprolib.sparse import compilation, cpu, cuda, portable
 from reprolib.sparse.formats import pack
 
-# A layer with fewer columns (the first convolution has 27) costs little, zeros or not: it is packed before a pruned
-# one, because leaving the kernels' layout for it would cost more.
+# Two kinds of layers cost little, zeros or not, and are packed beside pruned ones, because leaving the kernels' layout
+# for them would cost more: a convolution with fewer columns than this before one (the first of a network has 27), and a
+# small linear layer behind one. (Torch's threads also stay awake for a while after a layer, on cores that ours need.)
 FEW_COLUMNS = 64
 # A linear layer multiplies each weight once an image: at small batches it waits for its bytes, 11 per kept weight in
 # the kernels and 4 per weight in torch. With more kept weights than this it stays in torch, unless it is small.
@@ -158,7 +159,8 @@ def _whole(layers: list[nn.Module], maps: Tensor, prepared: dict | None) -> Tens
     prepared = {} if prepared is None else prepared
     network = prepared.get("network")
     if network is None:
-        network = prepared["network"] = cpu.Network([layer.for_engine() for layer in layers if hasattr(layer, "pool")])
+        engine_layers = [layer.for_engine() for layer in layers if hasattr(layer, "pool")]
+        network = prepared["network"] = cpu.Network(engine_layers, cpu.instruction_sets()[0])
     images = maps.detach().to(torch.float32).contiguous().numpy()
     return torch.from_numpy(network(images, torch.get_num_threads()))
 
@@ -178,7 +180,7 @@ def _layer_by_layer(layers: list[nn.Module], maps: Tensor, backend: ModuleType) 
 def _backend(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         compilation.require()
-        return cpu if cpu.available() else portable
+        return cpu if cpu.instruction_sets() else portable
     if device.type == "cuda":
         cuda.require()
         return cuda
@@ -211,7 +213,7 @@ def sparsify(model: nn.Module, device: str | torch.device | None = None, *, dens
     return model if device is None else model.to(device)
 
 
-KERNELS = {cpu: "code made for the weights (AVX-512)", portable: "Numba", cuda: "CUDA"}
+KERNELS = {portable: "Numba", cuda: "CUDA"}
 
 
 def describe(sparse_model: nn.Module) -> pd.DataFrame:
@@ -228,7 +230,7 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
                 "sparsity_pct": 100 * layer.sparsity,
                 "storage_bytes": layer.weight.storage_bytes,
                 "dense_bytes": layer.weight.shape.numel() * layer.weight.values.element_size(),
-                "runs_in": KERNELS[_backend(layer.bias.device)],
+                "runs_in": _kernels(_backend(layer.bias.device)),
             }
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and not bool(layer.weight.all()):
             rows[name] = {
@@ -240,6 +242,10 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
                 "runs_in": f"torch: {_unsupported(layer) or 'a dense layer between them is not packed'}",
             }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
+
+
+def _kernels(backend: ModuleType) -> str:
+    return KERNELS.get(backend) or f"code made for the weights ({cpu.instruction_sets()[0].NAME})"
 
 
 def _sparsified(module: nn.Module, dense: bool) -> nn.Module:
@@ -271,7 +277,7 @@ def _fused(layers: list[nn.Module], dense: bool) -> list[nn.Module]:
     result, chain = [], []
     while layers:
         layer, layers = layers[0], layers[1:]
-        if _packable(layer, dense) or (_has_few_columns(layer) and _packable(_next_weighted(layers), dense)):
+        if _packable(layer, dense) or _joins(layer, chain, layers, dense):
             layer, layers = _with_batch_norm(layer, layers)
             relu = bool(layers) and _is_plain(layers[0], nn.ReLU)
             layers = layers[relu:]
@@ -307,8 +313,13 @@ def _packable(module: nn.Module | None, dense: bool) -> bool:
     return isinstance(module, (nn.Conv2d, nn.Linear)) and not _unsupported(module) and _has_zeros(module, dense)
 
 
-def _has_few_columns(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and not _unsupported(module) and module.weight[0].numel() < FEW_COLUMNS
+def _joins(module: nn.Module, before: list[nn.Module], behind: list[nn.Module], dense: bool) -> bool:
+    """Whether a layer without zeros is small enough to be packed for the sake of those before or behind it."""
+    if not isinstance(module, (nn.Conv2d, nn.Linear)) or _unsupported(module):
+        return False
+    if isinstance(module, nn.Linear):
+        return bool(before) and not isinstance(before[-1], SparseConv2d) and module.weight.numel() <= SMALL_WEIGHT
+    return module.weight[0].numel() < FEW_COLUMNS and _packable(_next_weighted(behind), dense)
 
 
 def _next_weighted(layers: list[nn.Module]) -> nn.Module | None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -23,10 +24,13 @@ from torch import nn
 from reprolib.files import paths
 from reprolib.patterns import parse
 from reprolib.sparse import compilation, cpu, layers, sparsify
-from reprolib.sparse.cpu import encoder, generator, planner
+from reprolib.sparse.cpu import avx2, avx512, encoder, generator, planner
 from reprolib.sparse.cpu import network as memory
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no AVX-512 here, or code made at run time is forbidden")
+pytestmark = pytest.mark.skipif(
+    not cpu.instruction_sets(), reason="neither AVX-512 nor AVX2 here, or code made at run time is forbidden"
+)
+sets = pytest.mark.parametrize("isa", [avx512, avx2], ids=lambda isa: isa.NAME)  # to make code, not to run it
 
 
 def chain(shape, steps, seed, density=0.3, whole=True):
@@ -67,13 +71,14 @@ def images(batch, shape, seed=1):
 
 
 def check(network, shape, batches, threads=(1, 2)):
-    engine = cpu.Network(network)
+    """Every instruction set of this machine gives the reference's whole numbers, whatever memory held before."""
+    engines = [cpu.Network(network, isa) for isa in cpu.instruction_sets()]
     for batch in batches:
         x = images(batch, shape, batch)
         expected = reference(network, x)
-        for count in threads:
+        for engine, count in itertools.product(engines, threads):
             engine._arenas[:] = [np.full(arena.shape, np.nan, np.float32) for arena in engine._arenas]
-            assert np.array_equal(engine(x, count), expected), (batch, count)
+            assert np.array_equal(engine(x, count), expected), (engine.isa.NAME, batch, count)
 
 
 BATCHES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
@@ -145,18 +150,20 @@ def test_rounding_is_that_of_float32():
     network = chain((64, 8, 8), [(64, 3, True, False)] * 3, 0, whole=False)
     x = np.random.default_rng(0).standard_normal((19, 64, 8, 8)).astype(np.float32)
     expected = reference(network, x)
-    assert np.linalg.norm(cpu.Network(network)(x, 2) - expected) < 1e-6 * np.linalg.norm(expected)
+    for isa in cpu.instruction_sets():
+        assert np.linalg.norm(cpu.Network(network, isa)(x, 2) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
 def test_more_images_than_go_through_together():
     network = chain((3, 2, 2), [(5, 3, True, False)], 0)
-    check(network, (3, 2, 2), [memory.SLICE * planner.LANES + 5])
+    check(network, (3, 2, 2), [memory.SLICE * 16 + 5])
 
 
 def test_a_layer_alone_takes_activations_in_its_layout():
     [layer] = chain((20, 6, 6), [(40, 3, True, False)], 0)
-    for n in (3, 16):
-        program, x = memory.Program([layer], 6, 6, n), images(2 * n if n == 16 else n, (20, 6, 6))
+    isa = cpu.instruction_sets()[0]
+    for n, batch in ((3, 3), (isa.LANES, 2 * isa.LANES)):
+        program, x = memory.Program([layer], 6, 6, n, isa), images(batch, (20, 6, 6))
         again, results = program.alone(x, 2)
         again()
         assert np.array_equal(results(), reference([layer], x))
@@ -165,8 +172,9 @@ def test_a_layer_alone_takes_activations_in_its_layout():
 def test_results_do_not_depend_on_threads():
     network = chain((64, 8, 8), [(64, 3, True, True), (64, 3, True, False)], 0, whole=False)
     x = np.random.default_rng(0).standard_normal((35, 64, 8, 8)).astype(np.float32)
-    results = [cpu.Network(network)(x, threads) for threads in (1, 2, 3, 8)]
-    assert all(np.array_equal(result, results[0]) for result in results)
+    for isa in cpu.instruction_sets():
+        results = [cpu.Network(network, isa)(x, threads) for threads in (1, 2, 3, 8)]
+        assert all(np.array_equal(result, results[0]) for result in results)
 
 
 # --- Around the kernels -----------------------------------------------------------------------------------------------
@@ -284,23 +292,24 @@ def test_system_that_forbids_code_gets_the_portable_kernels(pruned, monkeypatch)
         raise OSError("forbidden")
 
     monkeypatch.setattr(cpu, "executable", refuse)
-    cpu.available.cache_clear()
+    cpu.instruction_sets.cache_clear()
     try:
-        assert not cpu.available()
+        assert not cpu.instruction_sets()
         sparse = sparsify(pruned)
         assert sparse(x).shape == expected
         assert set(layers.describe(sparse)["runs_in"]) == {"Numba"}
     finally:
-        cpu.available.cache_clear()
+        cpu.instruction_sets.cache_clear()
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_plans_are_refused():
+@sets
+def test_wrong_plans_are_refused(isa):
     [layer] = chain((8, 6, 6), [(8, 3, False, False)], 0)
-    for n in (1, 16):
-        [stage] = planner.stages([layer], 6, 6, n)
+    for n in (1, isa.LANES):
+        [stage] = planner.stages([layer], 6, 6, n, isa.LANES)
         for change in (
             dict(places=stage.places + np.array([10**6, 0])),
             dict(places=stage.places - np.array([10**5, 0])),
@@ -309,27 +318,28 @@ def test_wrong_plans_are_refused():
             dict(target=replace(stage.target, channels=4)),
         ):
             with pytest.raises(ValueError, match="the plan is wrong"):
-                generator.generate(replace(stage, **change))
+                generator.generate(replace(stage, **change), isa)
 
 
-def test_maps_beyond_what_an_instruction_reaches_are_refused():
+@sets
+def test_maps_beyond_what_an_instruction_reaches_are_refused(isa):
     layer = cpu.Layer(np.ones((1, 124, 1, 1), np.float32), np.zeros(1, np.float32), False, False)
     with pytest.raises(ValueError, match=r"displacement .* does not fit"):
-        generator.generate(planner.stages([layer], 4190, 4190, 1)[0])
+        generator.generate(planner.stages([layer], 4190, 4190, 1, isa.LANES)[0], isa)
 
 
 def test_layers_that_do_not_fit_are_refused():
     network = chain((3, 4, 4), [(5, 3, True, True), (6, 3, True, True), (7, 3, True, True)], 0)
     with pytest.raises(ValueError, match=r"a layer \(7, 6, 3, 3\) with a max-pool does not fit maps of 6x1x1"):
-        planner.stages(network, 4, 4, 1)
+        planner.stages(network, 4, 4, 1, 8)
     with pytest.raises(ValueError, match=r"a layer \(5, 3, 3, 3\) .*does not fit"):
-        planner.stages([network[0], network[0]], 4, 4, 1)
+        planner.stages([network[0], network[0]], 4, 4, 1, 8)
 
 
 @given(st.integers(1, 70), st.integers(1, 40), st.sampled_from([1, 9]), st.floats(0, 1), st.integers(1, 60))
 def test_each_kept_weight_is_multiplied_once_in_order(c_out, c_in, taps, density, longest):
     kept = np.random.default_rng(0).random((c_out, c_in, taps)) < density
-    rows = 31
+    rows = 14
     (group, tap, channel, row), chunk_groups, starts = generator._in_order(kept, rows, longest)
     rebuilt = np.zeros_like(kept)
     rebuilt[group * rows + row, channel, tap] = True

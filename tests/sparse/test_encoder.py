@@ -9,17 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reprolib.sparse.cpu import encoder
+from reprolib.sparse.cpu import avx2, avx512, encoder
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM's assembler is that of this machine")
 
 NAMES = {16: "zmm", 8: "ymm", 4: "xmm"}
 BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8", 13: "r13"}
+SETS = {"AVX-512": avx512, "AVX2": avx2}
 
-registers = st.integers(0, 31)
 bases = st.sampled_from(list(BASES))
-lanes = st.sampled_from(list(NAMES))
-masks = st.integers(0, 7)
 distances = st.one_of(
     st.integers(-140, 140).map(lambda n: n * 64),
     st.integers(-140, 140).map(lambda n: n * 4),
@@ -35,7 +33,7 @@ def assemble(lines: list[str]) -> bytes:
     triple = "x86_64-unknown-linux-gnu"
     text = "\\0A".join([".intel_syntax noprefix", *lines])
     module = llvm.parse_assembly(f'target triple = "{triple}"\nmodule asm "{text}"\n')
-    features = "+avx512f,+avx512vl"
+    features = "+avx512f,+avx512vl,+avx2,+fma"
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu="x86-64", features=features, opt=0)
     return text_section(machine.emit_object(module))
 
@@ -57,64 +55,90 @@ def vector(register: int, lanes: int) -> str:
 
 
 SIZES = {16: "zmmword ptr ", 8: "ymmword ptr ", 4: "xmmword ptr "}
-FORMS = {
-    "load": lambda r, a, b, base, d, n, k: (
-        encoder.load(r, base, d, n, k),
-        f"{{evex}} vmovups {vector(r, n)}{f' {{k{k}}} {{z}}' * (k > 0)}, {SIZES[n]}{memory(base, d)}",
-    ),
-    "store": lambda r, a, b, base, d, n, k: (
-        encoder.store(r, base, d, n, k),
-        f"{{evex}} vmovups {SIZES[n]}{memory(base, d)}{f' {{k{k}}}' * (k > 0)}, {vector(r, n)}",
-    ),
-    "broadcast": lambda r, a, b, base, d, n, k: (
-        encoder.broadcast(r, base, d, n),
-        f"{{evex}} vbroadcastss {vector(r, n)}, dword ptr {memory(base, d)}",
-    ),
-    "multiply_add": lambda r, a, b, base, d, n, k: (
-        encoder.multiply_add(r, a, base, d, n),
-        f"{{evex}} vfmadd231ps {vector(r, n)}, {vector(a, n)}, dword ptr {memory(base, d)}{{1to{n}}}",
-    ),
-    "maximum": lambda r, a, b, base, d, n, k: (
-        encoder.maximum(r, a, b, n),
-        f"{{evex}} vmaxps {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
-    ),
-    "or": lambda r, a, b, base, d, n, k: (
-        encoder.bits_or(r, a, b, n),
-        f"vpord {vector(r, n)}, {vector(a, n)}, {vector(b, n)}",
-    ),
-    "zero": lambda r, a, b, base, d, n, k: (
-        encoder.zero(r, n),
-        f"vpxord {vector(r, n)}, {vector(r, n)}, {vector(r, n)}",
-    ),
-}
+
+
+def evex(form, r, a, b, base, d, n, k):
+    """An instruction of AVX-512 in Intel's notation."""
+    x, y, z, at = vector(r, n), vector(a, n), vector(b, n), memory(base, d)
+    masked = f" {{k{k}}}" * (k > 0)
+    return {
+        "load": [f"{{evex}} vmovups {x}{masked}{' {z}' * (k > 0)}, {SIZES[n]}{at}"],
+        "store": [f"{{evex}} vmovups {SIZES[n]}{at}{masked}, {x}"],
+        "broadcast": [f"{{evex}} vbroadcastss {x}, dword ptr {at}"],
+        "multiply_add": [f"{{evex}} vfmadd231ps {x}, {y}, dword ptr {at}{{1to{n}}}"],
+        "maximum": [f"{{evex}} vmaxps {x}, {y}, {z}"],
+        "bits_or": [f"vpord {x}, {y}, {z}"],
+        "zero": [f"vpxord {x}, {x}, {x}"],
+    }[form]
+
+
+def vex(form, r, a, b, base, d, n, k):
+    """The instructions of AVX2 that do the same, with three bytes of prefix."""
+    x, y, z, last, at = vector(r, n), vector(a, n), vector(b, n), vector(15, n), memory(base, d)
+    mask = f"{SIZES[n]}[r8 + {32 * (k - 1)}]"
+    short = "{disp8} " * (k == 1)  # ours has room for a distance of zero
+    return {
+        "load": [f"{{vex3}} vmovups {x}, {SIZES[n]}{at}", *[f"{{vex3}} {short}vandps {x}, {x}, {mask}"] * (k > 0)],
+        "store": [f"{{vex3}} {short}vmovups {last}, {mask}", f"vmaskmovps {SIZES[n]}{at}, {last}, {x}"]
+        if k
+        else [f"{{vex3}} vmovups {SIZES[n]}{at}, {x}"],
+        "broadcast": [f"vbroadcastss {x}, dword ptr {at}"],
+        "multiply_add": [f"vbroadcastss {last}, dword ptr {at}", f"vfmadd231ps {x}, {y}, {last}"],
+        "maximum": [f"{{vex3}} vmaxps {x}, {y}, {z}"],
+        "bits_or": [f"{{vex3}} vorps {x}, {y}, {z}"],
+        "zero": [f"{{vex3}} vxorps {x}, {x}, {x}"],
+    }[form]
+
+
+def ours(isa, form, r, a, b, base, d, n, k):
+    arguments = {
+        "load": (r, base, d, n, k),
+        "store": (r, base, d, n, k),
+        "broadcast": (r, base, d, n),
+        "multiply_add": (r, a, base, d, n),
+        "maximum": (r, a, b, n),
+        "bits_or": (r, a, b, n),
+        "zero": (r, n),
+    }
+    return getattr(isa, form)(*arguments[form])
 
 
 @settings(max_examples=60)
 @given(st.data())
-@pytest.mark.parametrize("form", FORMS)
-def test_bytes_are_those_of_llvm(form, data):
-    drawn = st.tuples(registers, registers, registers, bases, distances, lanes, masks)
-    ours, theirs = zip(
-        *(FORMS[form](*case) for case in data.draw(st.lists(drawn, min_size=1, max_size=20))), strict=True
-    )
-    assert encoder.joined(*ours) == assemble(theirs), theirs
+@pytest.mark.parametrize("form", ["load", "store", "broadcast", "multiply_add", "maximum", "bits_or", "zero"])
+@pytest.mark.parametrize("name", SETS)
+def test_bytes_are_those_of_llvm(name, form, data):
+    isa, notation = SETS[name], {"AVX-512": evex, "AVX2": vex}[name]
+    register = st.integers(0, isa.REGISTERS - 1)
+    lanes = st.sampled_from([lanes for lanes in NAMES if lanes <= isa.LANES])
+    drawn = st.tuples(register, register, register, bases, distances, lanes, st.integers(0, 3))
+    cases = data.draw(st.lists(drawn, min_size=1, max_size=20))
+    theirs = [line for case in cases for line in notation(form, *case)]
+    assert encoder.joined(*(ours(isa, form, *case) for case in cases)) == assemble(theirs), theirs
 
 
-@given(st.lists(st.tuples(registers, registers, distances), min_size=1, max_size=50))
+@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15), distances), min_size=1, max_size=50))
 def test_arrays_are_one_instruction_a_row(cases):
     total, x, disp = map(np.array, zip(*cases, strict=True))
-    code = encoder.multiply_add(total, x, encoder.RSI, disp)
+    code = avx512.multiply_add(total, x, encoder.RSI, disp)
     long = "{disp32} " if code.shape[1] == 10 else ""
     lines = [f"{{evex}} {long}vfmadd231ps zmm{t}, zmm{i}, dword ptr {memory(6, d)}{{1to16}}" for t, i, d in cases]
     assert code.tobytes() == assemble(lines)
-
-
-@given(st.integers(-(2**31), 2**31 - 1), st.integers(1, 7), st.integers(0, 127))
-def test_scalar_instructions(number, mask, disp):
-    code = encoder.joined(encoder.load_mask(mask, encoder.R8, disp), encoder.prefetch_code(number), encoder.LEAVE)
-    wide = "{disp8} " if disp == 0 else ""
+    code = avx2.multiply_add(total, x, encoder.RSI, disp)
+    long = "{disp32} " if code.shape[1] == 14 else ""
     lines = [
-        f"{wide}kmovw k{mask}, word ptr [r8 + {disp}]",
+        line
+        for t, i, d in cases
+        for line in (f"{long}vbroadcastss ymm15, dword ptr {memory(6, d)}", f"vfmadd231ps ymm{t}, ymm{i}, ymm15")
+    ]
+    assert code.tobytes() == assemble(lines)
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+def test_scalar_instructions(number):
+    code = encoder.joined(avx512.load_masks(), encoder.prefetch_code(number), encoder.LEAVE)
+    lines = [
+        *(f"{'{disp8} ' * (k == 1)}kmovw k{k}, word ptr [r8 + {2 * (k - 1)}]" for k in (1, 2, 3)),
         f".byte 0x0f, 0x18, 0x15\\0A.long {number}",
         "vzeroupper",
         "ret",
@@ -124,21 +148,35 @@ def test_scalar_instructions(number, mask, disp):
         assert encoder.add(encoder.RSI, number) == assemble([f"add rsi, {number}"])
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: encoder.load([3, 32], encoder.RDI, 0),
-        lambda: encoder.multiply_add(-1, 0, encoder.RSI, 0),
-        lambda: encoder.multiply_add(0, [1, 2, 40], encoder.RSI, 0),
-        lambda: encoder.load(0, encoder.RDI, [0, 2**31]),
-        lambda: encoder.store(0, encoder.RCX, -(2**31) - 64),
-        lambda: encoder.load(0, 4, 0),
-        lambda: encoder.load(0, 12, 0),
-        lambda: encoder.store(0, encoder.RCX, 0, mask=8),
-        lambda: encoder.maximum(0, 0, 32),
-        lambda: encoder.add(encoder.RSI, 2**31),
-    ],
-)
-def test_what_does_not_fit_is_refused(wrong):
+WRONG = {
+    "load": lambda isa: isa.load([3, isa.REGISTERS], encoder.RDI, 0),
+    "sum": lambda isa: isa.multiply_add(-1, 0, encoder.RSI, 0),
+    "factors": lambda isa: isa.multiply_add(0, [1, 2, 40], encoder.RSI, 0),
+    "far": lambda isa: isa.load(0, encoder.RDI, [0, 2**31]),
+    "far before": lambda isa: isa.store(0, encoder.RCX, -(2**31) - 64),
+    "base": lambda isa: isa.load(0, 4, 0),
+    "extended base": lambda isa: isa.load(0, 12, 0),
+    "mask": lambda isa: isa.store(0, encoder.RCX, 0, mask=8),
+    "third": lambda isa: isa.maximum(0, 0, isa.REGISTERS),
+    "amount": lambda isa: encoder.add(encoder.RSI, 2**31),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", SETS)
+def test_what_does_not_fit_is_refused(name, wrong):
     with pytest.raises(ValueError, match=r"does not fit|can't be a base"):
-        wrong()
+        WRONG[wrong](SETS[name])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_masks_are_in_the_tables_as_code_reads_them(name):
+    isa = SETS[name]
+    lanes = np.random.default_rng(0).random((5, 3, isa.LANES)) < 0.5
+    table = isa.mask_table(lanes)
+    assert table.shape == (5, isa.MASK_BYTES) and table.dtype == np.uint8
+    if name == "AVX2":
+        assert np.array_equal(table.view(np.uint32).reshape(lanes.shape), np.where(lanes, 2**32 - 1, 0))
+    else:
+        bits = table.view("<u2")[:, :3, None] >> np.arange(16) & 1
+        assert np.array_equal(bits.astype(bool), lanes)

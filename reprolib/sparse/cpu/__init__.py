@@ -1,36 +1,35 @@
-"""Pruned convolutions and linear layers on a CPU with AVX-512: machine code made for the weights, for any mask.
+"""Pruned convolutions and linear layers on a CPU of x86: machine code made for the weights, for any mask.
 
-`encoder` knows instructions, `generator` makes the code of a layer, `planner` says where activations lie and in which
-order the work is done, `driver` does it, and `network` holds code and threads. `reprolib.sparse.portable` has kernels
-for other CPUs.
+`avx512` and `avx2` know instructions (`encoder`: what they share), `generator` makes the code of a layer, `planner`
+says where activations lie and in which order the work is done, `driver` does it, and `network` holds code and threads.
+`reprolib.sparse.portable` has kernels for other CPUs.
 """
 
 from __future__ import annotations
 
 import platform
 from functools import cache
+from types import ModuleType
 
 import llvmlite.binding
 import numba
 import numpy as np
 
-from reprolib.sparse.cpu import encoder
+from reprolib.sparse.cpu import avx2, avx512, encoder
 from reprolib.sparse.cpu.network import Network, Program, executable
-from reprolib.sparse.cpu.planner import LANES, Layer
+from reprolib.sparse.cpu.planner import Layer
 
-__all__ = ["LANES", "Layer", "Network", "Program", "available"]
+__all__ = ["Layer", "Network", "Program", "instruction_sets"]
 
 
 @cache
-def available() -> bool:
-    """Whether this machine runs the code, and its system lets a program make some."""
+def instruction_sets() -> tuple[ModuleType, ...]:
+    """Those that this machine runs, the best first; none where its system lets no program make code."""
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux" or numba.config.DISABLE_JIT:
-        return False
-    features = llvmlite.binding.get_host_cpu_features()
-    if not (features.get("avx512f") and features.get("avx512vl")):
-        return False
+        return ()
     try:
         executable(np.frombuffer(encoder.LEAVE, np.uint8))
     except OSError:
-        return False
-    return True
+        return ()
+    here = llvmlite.binding.get_host_cpu_features()
+    return tuple(isa for isa in (avx512, avx2) if all(here.get(feature) for feature in isa.FEATURES))

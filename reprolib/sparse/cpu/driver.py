@@ -7,15 +7,15 @@ slower, never stuck.
 from __future__ import annotations
 
 from reprolib.sparse.compilation import compiled
-from reprolib.sparse.cpu import generator, planner
-from reprolib.sparse.cpu.intrinsics import call, claim, get, let_others_run, pause, put, read
-from reprolib.sparse.cpu.planner import FILL, INPUT, LANES, LAYER, POOL, STRETCH
+from reprolib.sparse.cpu import planner
+from reprolib.sparse.cpu.intrinsics import call, claim, get, let_others_run, pause, prefetch, put, read
+from reprolib.sparse.cpu.planner import FILL, INPUT, LAYER, POOL, STRETCH
 
 LINE = 8  # int64 in a line of the cache: counters of different steps do not disturb each other
 SPINS = 2000  # before a waiting thread lets others run
 VECTORS = planner.BAND
-SUMS = generator.GROUP_ROWS[0] * 4 * LANES  # bytes that the sums of an output vector need
-SCRATCH = SUMS * VECTORS
+SCRATCH = 32 * 64 * VECTORS  # bytes for the sums of a band: at most 32 registers of 64 bytes
+GROUP, GROUPS, PLACE, PLACES, MASKS, MASK_BYTES, SUM_BYTES = range(7)  # of a stage; see Program
 KIND, TASKS, STAGE, SOURCE, SOURCE_STRIDE, TARGET, TARGET_STRIDE, BUNDLE, BUNDLES, BAND, PARTS = range(11)
 CHANNELS, HEIGHT, WIDTH, IMAGES, FIRST, CHANNEL, ROW, COLUMN, ZEROS, ZEROS_END = range(10)  # of a layout, in numbers
 LINGER = 20_000  # pauses for which a helper stays awake after its work: waking up takes long
@@ -87,19 +87,26 @@ def _pool(arena, source, raw, target, layout, first, last):
 
 
 @compiled(nogil=True)
-def _group(chunks, places, masks, source, source_stride, target, target_stride, start, stop, sums):
-    """A group of output channels for the output vectors [start, stop), counted through all bundles."""
+def _group(chunks, first, last, places, stage, source, source_stride, target, target_stride, start, stop, sums):
+    """A group of output channels for the output vectors [start, stop), counted through all bundles.
+
+    The next chunk is fetched meanwhile, part by part: its code lies in the third-level cache as a rule.
+    """
     count = len(places)
-    for k in range(len(chunks)):
+    for k in range(first, last):
         bundle, place = start // count, start % count
+        ahead = chunks[min(k + 1, len(chunks) - 1)]
+        part = -(-ahead[2] // (64 * (stop - start))) * 64
         for vector in range(start, stop):
+            for at in range((vector - start) * part, min((vector - start + 1) * part, ahead[2]), 64):
+                prefetch(ahead[0] + at)
             call(
                 chunks[k, 0],
                 source + bundle * source_stride + places[place, 0],
                 chunks[k, 1],
-                sums + (vector - start) * SUMS,
+                sums + (vector - start) * stage[SUM_BYTES],
                 target + bundle * target_stride + places[place, 1],
-                masks + place * 8,
+                stage[MASKS] + place * stage[MASK_BYTES],
             )
             place += 1
             if place == count:
@@ -109,14 +116,14 @@ def _group(chunks, places, masks, source, source_stride, target, target_stride, 
 @compiled(nogil=True)
 def _layer(tables, i, first, last, source, source_stride, target, target_stride, start, stop, sums):
     """Groups [first, last) of layer i for the output vectors [start, stop), band by band."""
-    stages, groups, chunks, all_places, masks = tables
+    stages, groups, chunks, all_places = tables
     stage = stages[i]
-    places = all_places[stage[2] : stage[2] + stage[3]]
+    places = all_places[stage[PLACE] : stage[PLACE] + stage[PLACES]]
     for at in range(start, stop, VECTORS):
-        for g in range(stage[0] + first, stage[0] + last):
+        for g in range(stage[GROUP] + first, stage[GROUP] + last):
             _group(
-                chunks[groups[g, 0] : groups[g, 1]], places, masks + 8 * stage[2], source, source_stride,
-                target + groups[g, 2], target_stride, at, min(at + VECTORS, stop), sums,
+                chunks, groups[g, 0], groups[g, 1], places, stage, source, source_stride, target + groups[g, 2],
+                target_stride, at, min(at + VECTORS, stop), sums,
             )  # fmt: skip
 
 
@@ -132,7 +139,7 @@ def _stretch(x, arena, base, step, task, slot, tables, layouts, fills, values, s
             other = step[TARGET] + bundle * step[TARGET_STRIDE]
         _fill(arena, other // 4, layouts[i + 1], fills, values, 0, 1)
         stage = tables[0][i]
-        _layer(tables, i, 0, stage[1], base + at, 0, base + other, 0, 0, stage[3], sums)
+        _layer(tables, i, 0, stage[GROUPS], base + at, 0, base + other, 0, 0, stage[PLACES], sums)
         at, other = other, at
 
 
@@ -151,9 +158,9 @@ def _do(x, y, arena, base, step, task, slot, tables, layouts, fills, values, sum
     elif step[KIND] == FILL:
         _fill(arena, target, layouts[i + 1], fills, values, part, parts)
     elif step[KIND] == LAYER:
-        groups, bands = stages[i, 1], step[TASKS] // parts
+        groups, bands = stages[i, GROUPS], step[TASKS] // parts
         start = task % bands * step[BAND]
-        stop = min(start + step[BAND], step[BUNDLES] * stages[i, 3])
+        stop = min(start + step[BAND], step[BUNDLES] * stages[i, PLACES])
         first, last = task // bands * groups // parts, (task // bands + 1) * groups // parts
         _layer(
             tables, i, first, last, base + step[SOURCE], step[SOURCE_STRIDE], base + step[TARGET],

@@ -1,6 +1,6 @@
 """The code of one layer, made for its weights.
 
-A *group* of up to 31 output channels keeps its sums in registers. Column by column (tap, input channel) the input
+A *group* of output channels, 31 or fewer, keeps its sums in registers. Column by column (tap, input channel) the input
 vector is loaded once, and one multiplication follows per kept weight of the group: its place is the instruction's
 register number, its value the next one of a stream of weights. Columns without a kept weight cost nothing:
 
@@ -20,20 +20,16 @@ A chunk is called as ``f(source, weights, sums, target, masks)``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
 from reprolib.sparse.cpu import encoder
-from reprolib.sparse.cpu.encoder import BYTES, R8, RCX, RDI, RDX, RSI
+from reprolib.sparse.cpu.encoder import BYTES, LEFT, RCX, RDI, RDX, RIGHT, RSI, WRITTEN
 from reprolib.sparse.cpu.planner import Stage
 
-CHUNK = 1000  # multiplications of a chunk where many output vectors share it
-CHUNK_OF_FEW, FEW = 8000, 8  # where there are few output vectors: the code streams from memory anyway
+FEW = 8  # output vectors: code that runs for no more of them streams from memory
 AHEAD_BYTES, FETCH_EVERY = 8192, 6  # how far ahead streaming code fetches itself, and after how many multiplications
-GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen
-SHORTEST, LONGEST = -128, 128  # distances of one byte, in weights; the stream's pointer moves behind them
-SPARE = 31  # the register that no sum uses
-LEFT, RIGHT, WRITTEN = 1, 2, 3  # mask registers
 ALIGNMENT, LINE = 64, 16  # bytes of a line of the cache, and its float32
 TRAP = 0xCC  # between chunks
 
@@ -42,7 +38,7 @@ TRAP = 0xCC  # between chunks
 class Code:
     """Code and weights of a layer.
 
-    ``chunks [.., 3]``: where the code and the weights of a chunk start (bytes, float32), and its number in its group.
+    ``chunks [.., 3]``: where the code and the weights of a chunk start (bytes, float32), and the bytes of its code.
     Group i of output channels ``first_rows[i]`` to ``first_rows[i + 1]`` owns the chunks ``first_chunks[i]`` to
     ``first_chunks[i + 1]``.
     """
@@ -54,13 +50,16 @@ class Code:
     first_rows: np.ndarray
 
 
-def generate(stage: Stage) -> Code:
-    """Encode a layer. Raises ValueError where code would read or write outside of its layouts."""
+def generate(stage: Stage, isa: ModuleType) -> Code:
+    """Encode a layer in an instruction set, `avx512` or `avx2`.
+
+    Raises ValueError where code would read or write outside of its layouts.
+    """
     _refuse_wild(stage)
     weight = stage.layer.weight.reshape(*stage.layer.weight.shape[:2], -1)
-    rows = _group_rows(weight != 0)
+    rows = _group_rows(weight != 0, isa.GROUP_ROWS)
     first_rows = np.append(np.arange(0, len(weight), rows), len(weight))
-    kept, chunk_groups, chunk_starts = _in_order(weight != 0, rows, CHUNK_OF_FEW if _streams(stage) else CHUNK)
+    kept, chunk_groups, chunk_starts = _in_order(weight != 0, rows, isa.CHUNK_OF_FEW if _streams(stage) else isa.CHUNK)
     is_first = np.append(True, chunk_groups[1:] != chunk_groups[:-1])
     is_last = np.append(is_first[1:], True)
     sizes = np.diff(first_rows)[chunk_groups]
@@ -76,19 +75,18 @@ def generate(stage: Stage) -> Code:
     output = np.arange(len(weight))
     weights[streams[:-1][is_first][output // rows] + output % rows] = stage.layer.bias
 
-    before = [_prologue(stage, size, first) for size, first in zip(sizes, is_first, strict=True)]
-    behind = [_epilogue(stage, size, last) for size, last in zip(sizes, is_last, strict=True)]
-    packets = _packets(stage, tap, channel, row, chunk_of, sizes, at)
+    before = [_prologue(stage, isa, size, first) for size, first in zip(sizes, is_first, strict=True)]
+    behind = [_epilogue(stage, isa, size, last) for size, last in zip(sizes, is_last, strict=True)]
+    packets = _packets(stage, isa, tap, channel, row, chunk_of, sizes, at)
     code, code_starts = _assembled(before, packets, chunk_starts, behind)
-    chunks = np.stack([code_starts, streams[:-1] - SHORTEST], axis=1)
+    code_bytes = np.diff(code_starts, append=len(code))
+    chunks = np.stack([code_starts, streams[:-1] + isa.REACH, code_bytes], axis=1)
     return Code(code, weights, chunks, np.searchsorted(chunk_groups, np.arange(len(first_rows))), first_rows)
 
 
-def _group_rows(kept: np.ndarray) -> int:
+def _group_rows(kept: np.ndarray, choices: tuple[int, ...]) -> int:
     """Output channels of a group that need the fewest loads of ``kept [C_out, C_in, taps]``."""
-    loads = {
-        rows: int(np.logical_or.reduceat(kept, np.arange(0, len(kept), rows), axis=0).sum()) for rows in GROUP_ROWS
-    }
+    loads = {rows: int(np.logical_or.reduceat(kept, np.arange(0, len(kept), rows), axis=0).sum()) for rows in choices}
     return min(loads, key=loads.get)
 
 
@@ -121,7 +119,9 @@ def _streams(stage: Stage) -> bool:
     return len(stage.places) <= FEW
 
 
-def _packets(stage: Stage, tap, channel, row, chunk_of, sizes, at) -> list[tuple[np.ndarray, np.ndarray]]:
+def _packets(
+    stage: Stage, isa: ModuleType, tap, channel, row, chunk_of, sizes, at
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """What is done for each kept weight: move the pointer, fetch code, load the input, multiply.
 
     Pairs of the weights that need an instruction, and its bytes for these.
@@ -129,72 +129,69 @@ def _packets(stage: Stage, tap, channel, row, chunk_of, sizes, at) -> list[tuple
     source, kernel = stage.source, stage.layer.weight.shape[2:]
     place = (chunk_of * (kernel[0] * kernel[1]) + tap) * source.channels + channel
     new = np.diff(place, prepend=-1) != 0
-    x = SPARE - np.cumsum(new) % (SPARE + 1 - sizes[chunk_of])
-    ky, kx = np.divmod(tap[new], kernel[1])
-    disp = channel[new] * source.channel + ky * source.row + kx * source.column
-    masks = 0 if source.interleaved or not stage.layer.padding else np.choose(kx, [LEFT, 0, RIGHT])
-    window = LONGEST - SHORTEST
+    last = isa.REGISTERS - isa.TEMPORARIES - 1
+    x = last - np.cumsum(new) % (last + 1 - sizes[chunk_of])
+    ky, kx = np.divmod(tap, kernel[1])
+    disp = channel * source.channel + ky * source.row + kx * source.column
+    masks = np.zeros_like(kx) if source.interleaved or not stage.layer.padding else np.choose(kx, [LEFT, 0, RIGHT])
+    loads = [(new & (masks == mask), mask) for mask in (0, LEFT, RIGHT)]
+    window = 2 * isa.REACH
     return [
-        (at % window == 0) & (at > 0),
-        _rows_of(encoder.add(RSI, 4 * window)),
-        (at % FETCH_EVERY == 0) & _streams(stage),
-        _rows_of(encoder.prefetch_code(AHEAD_BYTES)),
-        new,
-        encoder.load(x[new], RDI, disp, stage.lanes, masks),
-        np.ones(len(row), bool),
-        encoder.multiply_add(row, x, RSI, 4 * (at % window + SHORTEST), stage.lanes),
+        ((at % window == 0) & (at > 0), _rows_of(encoder.add(RSI, 4 * window))),
+        ((at % FETCH_EVERY == 0) & _streams(stage), _rows_of(encoder.prefetch_code(AHEAD_BYTES))),
+        *((these, isa.load(x[these], RDI, disp[these], stage.lanes, mask)) for these, mask in loads if these.any()),
+        (np.ones(len(row), bool), isa.multiply_add(row, x, RSI, 4 * (at % window - isa.REACH), stage.lanes)),
     ]
 
 
-def _prologue(stage: Stage, size: int, first: bool) -> bytes:
+def _prologue(stage: Stage, isa: ModuleType, size: int, first: bool) -> bytes:
     """Sums begin with the biases, or with what the chunk before has left."""
-    masks = [encoder.load_mask(mask, R8, 2 * (mask - 1)) for mask in (LEFT, RIGHT, WRITTEN)]
     sums = np.arange(size)
     if first:
-        begin = encoder.broadcast(sums, RSI, 4 * (sums + SHORTEST), stage.lanes)
+        begin = isa.broadcast(sums, RSI, 4 * (sums - isa.REACH), stage.lanes)
     else:
-        begin = encoder.load(sums, RDX, BYTES[stage.lanes] * sums, stage.lanes)
-    return encoder.joined(*(() if stage.source.interleaved else masks), begin)
+        begin = isa.load(sums, RDX, BYTES[stage.lanes] * sums, stage.lanes)
+    return encoder.joined(b"" if stage.source.interleaved else isa.load_masks(), begin)
 
 
-def _epilogue(stage: Stage, size: int, last: bool) -> bytes:
-    """Sums wait for the next chunk; or ReLU, the max-pool, and out. NaN stays: `encoder.maximum` returns its last."""
+def _epilogue(stage: Stage, isa: ModuleType, size: int, last: bool) -> bytes:
+    """Sums wait for the next chunk; or ReLU, the max-pool, and out. NaN stays: `maximum` returns its last operand."""
     sums, lanes = np.arange(size), stage.lanes
     if not last:
-        return encoder.joined(encoder.store(sums, RDX, BYTES[lanes] * sums, lanes), encoder.LEAVE)
+        return encoder.joined(isa.store(sums, RDX, BYTES[lanes] * sums, lanes), encoder.LEAVE)
+    spare = isa.REGISTERS - 1
     disp = sums * (stage.raw if stage.pools_apart else stage.target).channel
     if not stage.source.interleaved:
-        relu = (encoder.zero(SPARE, lanes), encoder.maximum(sums, SPARE, sums, lanes)) if stage.layer.relu else ()
-        return encoder.joined(*relu, encoder.store(sums, RCX, disp, lanes, WRITTEN), encoder.LEAVE)
+        relu = (isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)) if stage.layer.relu else ()
+        return encoder.joined(*relu, isa.store(sums, RCX, disp, lanes, WRITTEN), encoder.LEAVE)
     if stage.layer.pool:  # the target holds the maximum so far; it began with the floor of ReLU
         finish = [
             (
-                encoder.load(SPARE, RCX, disp[i]),
-                encoder.maximum(i, SPARE, i),  # NaN of the sum stays
-                encoder.maximum(SPARE, i, SPARE),  # NaN of the target stays
-                encoder.bits_or(i, i, SPARE),
+                isa.load(spare, RCX, disp[i], lanes),
+                isa.maximum(i, spare, i, lanes),  # NaN of the sum stays
+                isa.maximum(spare, i, spare, lanes),  # NaN of the target stays
+                isa.bits_or(i, i, spare, lanes),
             )
             for i in sums
         ]
         finish = [part for parts in finish for part in parts]
     else:
-        finish = [encoder.zero(SPARE), encoder.maximum(sums, SPARE, sums)] if stage.layer.relu else []
-    return encoder.joined(*finish, encoder.store(sums, RCX, disp), encoder.LEAVE)
+        finish = [isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)] if stage.layer.relu else []
+    return encoder.joined(*finish, isa.store(sums, RCX, disp, lanes), encoder.LEAVE)
 
 
 def _assembled(before, packets, chunk_starts, behind) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of all chunks, each at the start of a line, and where they start."""
-    present, forms = packets[::2], packets[1::2]
-    inside = np.append(0, np.cumsum(sum(p * form.shape[1] for p, form in zip(present, forms, strict=True))))
+    inside = np.append(0, np.cumsum(sum(present * form.shape[1] for present, form in packets)))
     body = np.diff(inside[chunk_starts])
     lead, trail = np.array([len(a) for a in before]), np.array([len(c) for c in behind])
     ends = np.cumsum(-(-(lead + body + trail) // ALIGNMENT) * ALIGNMENT)
     starts = np.append(0, ends[:-1])
     code = np.full(ends[-1], TRAP, np.uint8)
     position = inside[:-1] + np.repeat(starts + lead - inside[chunk_starts[:-1]], np.diff(chunk_starts))
-    for p, form in zip(present, forms, strict=True):
-        code[position[p][:, None] + np.arange(form.shape[1])] = form
-        position += p * form.shape[1]
+    for present, form in packets:
+        code[position[present][:, None] + np.arange(form.shape[1])] = form
+        position += present * form.shape[1]
     for start, a, size, c in zip(starts, before, body, behind, strict=True):
         code[start : start + len(a)] = np.frombuffer(a, np.uint8)
         code[start + len(a) + size :][: len(c)] = np.frombuffer(c, np.uint8)

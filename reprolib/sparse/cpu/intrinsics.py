@@ -24,6 +24,22 @@ def call(context, code, source, weights, sums, target, masks):
 
 
 @intrinsic
+def prefetch(context, address):
+    """Bring a line of memory into the second-level cache."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = ir.IntType(8).as_pointer()
+        known = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer, *[ir.IntType(32)] * 3]), "llvm.prefetch.p0"
+        )
+        read, second_level, data = (ir.Constant(ir.IntType(32), number) for number in (0, 2, 1))
+        builder.call(known, [builder.inttoptr(arguments[0], pointer), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def get(context, array, i):
     """array[i] without a look at its bounds, or for a negative i: loops of it become vector instructions."""
 

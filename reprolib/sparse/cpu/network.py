@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache, partial
+from types import ModuleType
 
 import numpy as np
 
 from reprolib.sparse.compilation import told
 from reprolib.sparse.cpu import generator, planner
 from reprolib.sparse.cpu.driver import LINE, SCRATCH, linger, work
-from reprolib.sparse.cpu.planner import LANES
+from reprolib.sparse.cpu.encoder import BYTES
 
 SLICE = 32  # bundles that go through the network together: memory stays bounded
 PROGRAMS = 8  # sizes of images and numbers of them that a network remembers
@@ -25,9 +26,9 @@ PROGRAMS = 8  # sizes of images and numbers of them that a network remembers
 class Program:
     """A network for images of one size, `images` at a time: its code in memory, and tables of addresses."""
 
-    def __init__(self, layers: list[planner.Layer], height: int, width: int, images: int):
-        self.stages = planner.stages(layers, height, width, images)
-        codes = [generator.generate(stage) for stage in self.stages]
+    def __init__(self, layers: list[planner.Layer], height: int, width: int, images: int, isa: ModuleType):
+        self.stages = planner.stages(layers, height, width, images, isa.LANES)
+        codes = [generator.generate(stage, isa) for stage in self.stages]
         self.code_bytes = sum(code.code.nbytes for code in codes)
         self.weight_bytes = sum(code.weights.nbytes for code in codes)
         self._pages = executable(np.concatenate([code.code for code in codes]))
@@ -35,27 +36,31 @@ class Program:
         self._weights[:] = np.concatenate([code.weights for code in codes])
         self.groups = [len(code.first_rows) - 1 for code in codes]
         self._schedules = {}
-        self._tables = self._addresses(codes)
+        masks = [isa.mask_table(stage.masks) for stage in self.stages]
+        self._masks = _aligned(sum(table.nbytes for table in masks))
+        self._masks.view(np.uint8)[:] = np.concatenate([table.ravel() for table in masks])
+        self._tables = self._addresses(codes, isa)
 
-    def _addresses(self, codes: list[generator.Code]) -> tuple[np.ndarray, ...]:
+    def _addresses(self, codes: list[generator.Code], isa: ModuleType) -> tuple[np.ndarray, ...]:
         code_at = np.frombuffer(self._pages, np.uint8).ctypes.data
-        weights_at = self._weights.ctypes.data
-        stages, groups, chunks, places, masks, zeros = [], [], [], [], [], [self.stages[0].source.zeros(None)]
+        weights_at, masks_at = self._weights.ctypes.data, self._masks.ctypes.data
+        stages, groups, chunks, places, zeros = [], [], [], [], [self.stages[0].source.zeros(None)]
         group_count = chunk_count = place_count = 0
         for stage, code in zip(self.stages, codes, strict=True):
             target = stage.raw if stage.pools_apart else stage.target
             floor = (0.0 if stage.layer.relu else -np.inf) if stage.layer.pool and not stage.pools_apart else None
             count = len(code.first_rows) - 1
-            stages.append((group_count, count, place_count, len(stage.places)))
+            sum_bytes = isa.GROUP_ROWS[0] * BYTES[stage.lanes]
+            stages.append((group_count, count, place_count, len(stage.places), masks_at, isa.MASK_BYTES, sum_bytes))
             first = chunk_count + code.first_chunks
             groups.append(np.stack([first[:-1], first[1:], code.first_rows[:-1] * target.channel], axis=1))
-            chunks.append(code.chunks * [1, 4] + [code_at, weights_at])
+            chunks.append(code.chunks * [1, 4, 1] + [code_at, weights_at, 0])
             places.append(stage.places)
-            masks.append(stage.masks)
             zeros.append(stage.target.zeros(floor))
             group_count, chunk_count = group_count + count, chunk_count + len(code.chunks)
             place_count += len(stage.places)
             code_at, weights_at = code_at + code.code.nbytes, weights_at + code.weights.nbytes
+            masks_at += len(stage.masks) * isa.MASK_BYTES
         ends = np.cumsum([0, *map(len, zeros)])
         layouts = [self.stages[0].source, *(s.target for s in self.stages), *(s.raw for s in self.stages)]
         numbers = [
@@ -64,7 +69,7 @@ class Program:
             for i, at in enumerate(layouts)
         ]  # fmt: skip
         fills = np.concatenate(zeros)
-        joined = (np.concatenate(part) for part in (groups, chunks, places, masks))
+        joined = (np.concatenate(part) for part in (groups, chunks, places))
         values = fills[:, 2].astype(np.float32)
         return np.array(stages, np.int64), *joined, fills[:, :2].astype(np.int64), values, np.array(numbers, np.int64)
 
@@ -99,12 +104,12 @@ class Program:
         return partial(self._run, x, y, arena, size, layers, threads), results
 
     def _run(self, x: np.ndarray, y: np.ndarray, arena: np.ndarray, size: int, steps: np.ndarray, threads: int) -> None:
-        stages, groups, chunks, places, masks, fills, values, layouts = self._tables
-        tables = stages, groups, chunks, places, masks.ctypes.data
+        *tables, fills, values, layouts = self._tables
         counters = np.zeros(LINE * (2 * len(steps) + 1), np.int64)
         base = arena.ctypes.data
         arguments = (
-            x.reshape(-1), y.reshape(-1), arena, base, base + size, steps, tables, layouts, fills, values, counters,
+            x.reshape(-1), y.reshape(-1), arena, base, base + size, steps, tuple(tables), layouts, fills, values,
+            counters,
         )  # fmt: skip
         _invite(threads - 1, (self, *arguments))
         work(*arguments)
@@ -113,9 +118,9 @@ class Program:
 class Network:
     """Layers in a row, as one function of images. Its programs are made when images of a new size come."""
 
-    def __init__(self, layers: list[planner.Layer]):
-        _compile()
-        self.layers = layers
+    def __init__(self, layers: list[planner.Layer], isa: ModuleType):
+        _compile(isa)
+        self.layers, self.isa = layers, isa
         self._programs = {}
         self._arenas = []
         self._lock = threading.Lock()
@@ -124,7 +129,7 @@ class Network:
         """The program for images of this size; the ones used last are remembered."""
         key = height, width, images
         with self._lock:
-            found = self._programs.pop(key, None) or Program(self.layers, *key)
+            found = self._programs.pop(key, None) or Program(self.layers, *key, self.isa)
             self._programs[key] = found
             while len(self._programs) > PROGRAMS:
                 del self._programs[next(iter(self._programs))]
@@ -133,23 +138,24 @@ class Network:
     def __call__(self, x: np.ndarray, threads: int) -> np.ndarray:
         """Images ``[N, C, H, W]``, float32 and contiguous, through all layers: ``[N, C', H', W']``."""
         parts = []
-        size = SLICE * LANES
+        lanes = self.isa.LANES
+        size = SLICE * lanes
         for start in range(0, len(x), size):
             part = x[start : start + size]
-            whole = len(part) - len(part) % LANES
+            whole = len(part) - len(part) % lanes
             if whole:
-                parts.append(self.program(*x.shape[2:], LANES).run(part[:whole], threads, self._arenas))
+                parts.append(self.program(*x.shape[2:], lanes).run(part[:whole], threads, self._arenas))
             if len(part) > whole:
                 parts.append(self.program(*x.shape[2:], len(part) - whole).run(part[whole:], threads, self._arenas))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @cache
-def _compile() -> None:
+def _compile(isa: ModuleType) -> None:
     """Compile the driver, or load it from Numba's cache: one number through one layer."""
     one = planner.Layer(np.ones((1, 1, 1, 1), np.float32), np.zeros(1, np.float32), False, False)
     with told():
-        Program([one], 1, 1, 1).run(np.zeros((1, 1, 1, 1), np.float32), 1, [])
+        Program([one], 1, 1, 1, isa).run(np.zeros((1, 1, 1, 1), np.float32), 1, [])
 
 
 def _aligned(size: int) -> np.ndarray:

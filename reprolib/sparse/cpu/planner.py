@@ -1,11 +1,11 @@
 """From pruned layers to a program: where activations lie, the code of every layer, and the order of the work.
 
-**Layouts.** Either 16 images share a vector, ``[y][x][channel][16 images]`` with a halo of zeros, or, with fewer
-images, a vector holds neighbouring positions, ``[channel][y][x][image]`` with a row of zeros between channels; lanes
-that would reach over the left or right edge are masked.
+**Layouts.** Either as many images as a vector has lanes share it, ``[y][x][channel][image]`` with a halo of zeros; or,
+with fewer images, a vector holds neighbouring positions, ``[channel][y][x][image]`` with a row of zeros between
+channels; lanes that would reach over the left or right edge are masked.
 
-**Order.** Early layers run *depth first*: a thread takes 16 images through all of them in two buffers of its own. Where
-maps have become small, threads share each layer, for all images at once.
+**Order.** Early layers run *depth first*: a thread takes a bundle of images, those that share vectors, through all of
+them in two buffers of its own. Where maps have become small, threads share each layer, for all images at once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-LANES = 16
 BAND = 32  # output vectors of a band: a multiple of the four that a max-pool takes
 TASKS_PER_THREAD = 4  # of a layer that threads share
 FEWEST = 16  # output vectors of such a task that does all groups: each thread reads all code
-SMALL_MAP = 16  # pixels: layers of smaller maps run for all images at once
+SMALL_MAP = 256  # numbers, of all images of a bundle: layers of smaller maps run for all bundles at once
 
 PARTS = 8  # of a bundle: tasks of steps that only move numbers
-# Kinds of steps, and what their tasks are. A bundle are 16 images, or fewer that share a vector.
+# Kinds of steps, and what their tasks are. A bundle are the images that share a vector.
 INPUT = 0  # rows of a bundle come in
 STRETCH = 1  # a bundle runs through all layers of the stretch
 FILL = 2  # zeros around the maps of a bundle, or the floor below a max-pool
@@ -53,7 +52,8 @@ class Layout:
     height: int
     width: int
     halo: int
-    images: int  # 16: they share a vector; fewer: positions do
+    images: int  # as many as `lanes`: they share a vector; fewer: positions do
+    lanes: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,11 +61,11 @@ class Layout:
 
     @property
     def interleaved(self) -> bool:
-        return self.images == LANES
+        return self.images == self.lanes
 
     @property
     def column(self) -> int:
-        return 4 * (self.channels * LANES if self.interleaved else self.images)
+        return 4 * (self.channels * self.lanes if self.interleaved else self.images)
 
     @property
     def row(self) -> int:
@@ -73,7 +73,7 @@ class Layout:
 
     @property
     def channel(self) -> int:
-        return 4 * LANES if self.interleaved else self.row * (self.height + self.halo)
+        return 4 * self.lanes if self.interleaved else self.row * (self.height + self.halo)
 
     @property
     def first(self) -> int:
@@ -107,9 +107,9 @@ class Layout:
 class Stage:
     """A layer in its place: what it reads and writes, and where its output vectors lie.
 
-    ``places [vectors, 2]``: bytes from the start of the source and of the target; ``masks [vectors, 4]``: lanes that
-    may read to their left and to their right, lanes that are written (and nothing). `raw` is what is calculated; it
-    differs from `target` where a max-pool is a step of its own.
+    ``places [vectors, 2]``: bytes from the start of the source and of the target; ``masks [vectors, 3, lanes]``: lanes
+    that may read to their left and to their right, and lanes that are written; none where images share a vector. `raw`
+    is what is calculated; it differs from `target` where a max-pool is a step of its own.
     """
 
     layer: Layer
@@ -125,12 +125,12 @@ class Stage:
         return self.layer.pool and not self.source.interleaved
 
 
-def stages(layers: list[Layer], height: int, width: int, images: int) -> list[Stage]:
-    """Put layers in their places for `images` (1 to 16) images ``[C_in, height, width]``.
+def stages(layers: list[Layer], height: int, width: int, images: int, lanes: int) -> list[Stage]:
+    """Put layers in their places for `images` (1 to `lanes`) images ``[C_in, height, width]``; a vector has `lanes`.
 
     Raises ValueError where a layer does not fit its input.
     """
-    source = Layout(layers[0].weight.shape[1], height, width, layers[0].padding, images)
+    source = Layout(layers[0].weight.shape[1], height, width, layers[0].padding, images, lanes)
     found = []
     for layer, follower in itertools.zip_longest(layers, layers[1:]):
         if layer.weight.ndim == 2:
@@ -142,7 +142,7 @@ def stages(layers: list[Layer], height: int, width: int, images: int) -> list[St
             raise ValueError(f"a layer {what} does not fit maps of {source.channels}x{source.height}x{source.width}")
         if (kernel, layer.padding) not in (([3, 3], 1), ([1, 1], 0)) and (out != [1, 1] or layer.padding):
             raise ValueError(f"a kernel {kernel} with padding {layer.padding} is none of the engine's")
-        raw = Layout(c_out, *out, 0, images)
+        raw = Layout(c_out, *out, 0, images, lanes)
         pooled = replace(raw, height=out[0] // 2, width=out[1] // 2) if layer.pool else raw
         target = replace(pooled, halo=follower.padding if follower else 0)
         found.append(_stage(layer, source, raw, target))
@@ -156,17 +156,17 @@ def _stage(layer: Layer, source: Layout, raw: Layout, target: Layout) -> Stage:
         shrink = 1 + layer.pool
         to = target.first + y // shrink * target.row + x // shrink * target.column
         places = np.stack([y * source.row + x * source.column, to], axis=1)
-        return Stage(layer, source, raw, target, LANES, places, np.zeros((len(y), 4), np.uint16))
+        return Stage(layer, source, raw, target, source.lanes, places, np.zeros((0, 3, source.lanes), bool))
     positions = raw.height * raw.width * raw.images
-    lanes = next((lanes for lanes in (4, 8) if positions <= lanes), LANES)
+    lanes = next(lanes for lanes in (4, 8, source.lanes) if positions <= lanes or lanes == source.lanes)
     position = np.arange(-(-positions // lanes) * lanes).reshape(-1, lanes)
     line = raw.width * raw.images
     allowed = [position % line >= raw.images, position % line < line - raw.images, position < positions]
-    masks = np.stack([(each << np.arange(lanes)).sum(axis=1) for each in allowed] + [0 * position[:, 0]], axis=1)
+    masks = np.pad(np.stack(allowed, axis=1), ((0, 0), (0, 0), (0, source.lanes - lanes)))
     first = source.first - layer.padding * (source.row + source.column)
     written = raw if layer.pool else target
     places = np.stack([4 * position[:, 0] + first, 4 * position[:, 0] + written.first], axis=1)
-    return Stage(layer, source, raw, target, lanes, places, masks.astype(np.uint16))
+    return Stage(layer, source, raw, target, lanes, places, masks)
 
 
 def _pixels(height: int, width: int, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -206,8 +206,8 @@ def stretch(stages: list[Stage]) -> int:
     """How many layers run depth first: all up to the first one whose map is small."""
     if not stages[0].source.interleaved:
         return 0
-    small = (i for i, stage in enumerate(stages) if stage.raw.height * stage.raw.width < SMALL_MAP)
-    return next(small, len(stages))
+    sizes = (stage.raw.height * stage.raw.width * stage.raw.images for stage in stages)
+    return next((i for i, size in enumerate(sizes) if size < SMALL_MAP), len(stages))
 
 
 def schedule(stages: list[Stage], groups: list[int], bundles: int, threads: int) -> tuple[list[Step], int]:
