@@ -49,6 +49,7 @@ bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu o
 bench-peers: env ## bench, with DeepSparse, OpenVINO, ONNX Runtime and torch.compile beside it; SHORT=1: one table at 90 %, in minutes
 	@$(BIN)/python -m reprolib.files.environment --peers
 	$(BIN)/python -m reprolib.bench latency --peers $(if $(SHORT),--short) --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
+	@$(if $(SHORT),$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop))
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))

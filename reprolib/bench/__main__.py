@@ -19,6 +19,7 @@ import torch
 
 from reprolib.bench import latency, masks, peers, throughput
 from reprolib.experiments import profiles, records
+from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime, seconds
 
 
@@ -42,8 +43,9 @@ def main() -> None:
             return
         profile, device = profiles.load(arguments.profile), arguments.device
         extent = arguments.extent or "all"
-        name = f"{arguments.what}-short.csv" if extent == "short" else f"{arguments.what}.csv"
-        output = arguments.output or latency.folder(profile, device) / name
+        output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
+        if extent == "short" and not arguments.output:
+            output = output.with_name(paths.short_latency_csv(profile.name).name)
         if arguments.what == "latency":
             deadline = time.time() + arguments.budget
             if arguments.peers and device != "cpu":

@@ -1,6 +1,13 @@
-"""Our kernels beside the engines of other makers: a table and a figure, each a pure function of ``latency.csv``."""
+"""Our kernels beside the engines of other makers: a table and a figure, each a pure function of ``latency.csv``.
+
+    python -m reprolib.paper.peer_figures laptop
+
+prints the table of what ``make bench-peers SHORT=1`` measured for a profile.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -9,6 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from reprolib.bench.peers import USES_ZEROS
 from reprolib.bench.rivals import SPARSE
+from reprolib.experiments import records
+from reprolib.files import paths
 from reprolib.paper.drawing import label, ordered, style
 from reprolib.paper.speed_figures import DENSE, duration, machine
 
@@ -124,3 +133,9 @@ def _point(axis: plt.Axes, row: tuple, y: int, color: str, marker: str, filled: 
         linewidth=1,
         zorder=3,
     )
+
+
+if __name__ == "__main__":
+    found = paths.short_latency_csv(sys.argv[1])
+    if found.exists():  # not where the benchmark ran out of time
+        print(peer_table(peer_rows(records.read_csv(found))).to_markdown())

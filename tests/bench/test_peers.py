@@ -105,6 +105,26 @@ def test_dense_network_is_for_all_engines_in_the_types_that_are_usable(fake, mon
         assert [contender.dtype for contender in contenders] == expected
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_compiled_network_is_held_against_torch_too(wrong, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: (lambda x: 2 * model(x)) if wrong else model)
+    monkeypatch.setattr(peers, "usable", lambda dtype, _: dtype)
+    found = peers.dense_contenders(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), images(), peers.Peers((), True))
+    if wrong:
+        with pytest.raises(RuntimeError, match=r"torch\.compile, fp32, dense"):
+            list(found)
+    else:
+        assert [(each.implementation, each.dtype) for each in found] == [(peers.COMPILED, t) for t in ("fp32", "bf16")]
+
+
+def test_missing_compiler_is_told_in_one_line(monkeypatch):
+    def compile(function):
+        raise RuntimeError("No working C++ compiler found\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert peers.compiler_fault() == "RuntimeError: No working C++ compiler found"
+
+
 def test_wrong_answer_is_an_error_that_names_the_engine(fake):
     found, _ = fake
     with pytest.raises(RuntimeError, match=r"DeepSparse 0\.1, fp32, dense: its logits are not torch's, by 5\.0e-01"):
