@@ -5,13 +5,14 @@ BUDGET ?=
 CORES ?=
 DEVICE ?= cpu
 VENV := .venv
+SHORT ?=
 # Without what would make Python look elsewhere or leave things out.
 CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONSTARTUP -u PYTHONOPTIMIZE
 BIN := $(CLEAN) $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES))
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint reproduce figures sweep bench bench-train lab lock clean
+.PHONY: help env data test lint reproduce figures sweep bench bench-peers bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,15 +46,21 @@ bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu o
 	$(BIN)/python -m reprolib.bench masks
 	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop)) $(if $(BUDGET),--budget $(BUDGET))
 
+bench-peers: env ## bench, with DeepSparse, OpenVINO, ONNX Runtime and torch.compile beside it; SHORT=1: one table at 90 %, in minutes
+	@$(BIN)/python -m reprolib.files.environment --peers
+	$(BIN)/python -m reprolib.bench latency --peers $(if $(SHORT),--short) --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
+	@$(if $(SHORT),$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop))
+
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-lock: env ## renew requirements.lock from environment.yml
+lock: env ## renew requirements.lock from environment.yml, and requirements-peers.lock from requirements-peers.in
 	$(BIN)/python -c 'from ruamel.yaml import YAML; [print(p) for d in YAML().load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \
 	  | $(BIN)/uv pip compile --universal --python-version 3.11 --no-annotate --no-header --upgrade --quiet - -o requirements.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-annotate --no-header --upgrade --quiet requirements-peers.in -o requirements-peers.lock
 
-clean: ## remove the environment and caches; results stay
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache results/*/.snakemake *.egg-info
+clean: ## remove the environments and caches; results stay
+	rm -rf $(VENV) $(VENV)-peers .pytest_cache .hypothesis .ruff_cache results/*/.snakemake *.egg-info

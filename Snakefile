@@ -170,7 +170,7 @@ else:  # make reproduce, make figures: one profile
             ACCURACY,
             LATENCY,
         output:
-            drawn("accuracy_vs_latency"),
+            drawn("accuracy_vs_latency"),  # and, where make bench-peers was run, figure and table peers
             notebook=f"{EXECUTED}/06.ipynb",
         params:
             **notebook("06"),

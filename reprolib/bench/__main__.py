@@ -2,12 +2,14 @@
 
 python -m reprolib.bench masks --threads 2
 python -m reprolib.bench latency --profile laptop --device cpu
+python -m reprolib.bench latency --peers --short
 python -m reprolib.bench training --profile laptop --device cpu
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -15,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from reprolib.bench import latency, masks, throughput
+from reprolib.bench import latency, masks, peers, throughput
 from reprolib.experiments import profiles, records
+from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime, seconds
 
 
@@ -26,7 +29,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", default="laptop", help="whose networks to time or to train")
     parser.add_argument("--device", default="cpu", choices=list(latency.BATCHES))
-    parser.add_argument("--own", action="store_true", help="the profile's networks only, without the survey")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--own", dest="extent", action="store_const", const="own", help="the profile's networks only")
+    extent.add_argument("--short", dest="extent", action="store_const", const="short", help="one table at 90 %%")
+    parser.add_argument("--peers", action="store_true", help="of latency: engines of other makers, too, on a CPU")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="of latency: such as 9m; ask again to go on")
     parser.add_argument("--output", type=Path, help="where the table goes, if not below results/")
     arguments = parser.parse_args()
@@ -36,9 +42,16 @@ def main() -> None:
             masks.print_times(arguments.threads)
             return
         profile, device = profiles.load(arguments.profile), arguments.device
+        extent = arguments.extent or "all"
         output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
+        if extent == "short" and not arguments.output:
+            output = output.with_name(paths.short_latency_csv(profile.name).name)
         if arguments.what == "latency":
-            latency.benchmark(profile, device, not arguments.own, output, time.time() + arguments.budget)
+            deadline = time.time() + arguments.budget
+            if arguments.peers and device != "cpu":
+                raise ValueError("the peers run on a CPU: --peers is for --device cpu")
+            with peers.running(arguments.threads) if arguments.peers else contextlib.nullcontext() as others:
+                latency.benchmark(profile, device, extent, output, deadline, others)
         else:
             table = throughput.benchmark(profile, device)
             print(throughput.speed_table(table).to_markdown(index=False))

@@ -1,7 +1,8 @@
-"""Latency, measured: sparse kernels against the best dense path of the same machine.
+"""Latency, measured: sparse kernels against the best dense path of the same machine, and against a sparse engine.
 
 All implementations of one network (or layer) and batch take turns, round by round in random order, on fresh random
-inputs: whatever disturbs the machine disturbs all of them. On a GPU every implementation is captured in a CUDA graph.
+inputs: whatever disturbs the machine disturbs all of them. Each has the cores for itself: a turn ends when the threads
+of the one that had it are idle. On a GPU every implementation is captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from reprolib.bench.peers import Peers
 from reprolib.bench.rivals import SPARSE, Specs, ceilings, kernel_type, layer_contenders, network_contenders
 from reprolib.bench.timing import Contender, measure
 from reprolib.experiments import records
@@ -41,6 +43,7 @@ PATTERNS = {
 }
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 SURVEY_SEEDS = 3
+SHORT_SPARSITY = 0.9
 # C_in, C_out, H = W: the distinct pruned convolutions of VGG-16
 LAYERS = (
     (64, 64, 32),
@@ -55,8 +58,18 @@ LAYERS = (
 SURVEY: Specs = tuple((name, spec, sparsity) for name, spec in PATTERNS.items() for sparsity in SPARSITIES)
 
 
-def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadline: float = math.inf) -> None:
-    """Latencies of the profile's networks, with `survey` also of full-width VGG-16 and of its layers, as a CSV table.
+def benchmark(
+    profile: Profile,
+    device: str,
+    extent: str,
+    output: Path,
+    deadline: float = math.inf,
+    peers: Peers | None = None,
+) -> None:
+    """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
+
+    ``own``: the profile's networks; ``all``: also full-width VGG-16 and its layers; ``short``: of those only full-width
+    VGG-16, one seed and sparsity.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
@@ -64,8 +77,8 @@ def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadlin
     One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
     the layers), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
     implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest
-    dense one of the same name, batch, seed and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind
-    (measured), commit, hardware, threads, torch.
+    dense one, by whichever engine, of the same name, batch, seed and of the type of the kernels: fp32 on a CPU, fp16 on
+    a GPU), kind (measured), commit, hardware, threads, torch.
 
     Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """
@@ -73,10 +86,11 @@ def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadlin
         cuda.require()
     where = {"commit": records.commit(), "hardware": records.hardware(device), "threads": torch.get_num_threads()}
     where |= {"torch": torch.__version__}
-    asked = records.fingerprint({"device": device, "survey": survey, "specs": profile_specs(profile)})
+    asked = {"device": device, "extent": extent, "specs": profile_specs(profile), "peers": str(peers)}
+    asked = records.fingerprint(asked)  # other peers are other contests: who is timed together stands in one table
     partial_path = output.with_name(f"{output.name}.{asked}.partial")
     table = _continued(partial_path, where)
-    plan = list(_contests(profile, device, survey))
+    plan = list(_contests(profile, device, extent, peers))
     if not table.empty:
         measured = set(table[CONTEST].itertuples(index=False, name=None))
         plan = [(name, prepare) for name, prepare in plan if tuple(name[key] for key in CONTEST) not in measured]
@@ -85,6 +99,8 @@ def benchmark(profile: Profile, device: str, survey: bool, output: Path, deadlin
             raise OutOfTime(f"out of time: what is measured is kept in {partial_path}; ask again to go on")
         with torch.inference_mode():
             rows = pd.DataFrame([name | row for row in measure(prepare(), device)])
+        if peers:
+            peers.release()
         rows["speedup"] = _best_dense_us(rows, device) / rows["latency_us"]
         rows = rows.assign(kind="measured", **where)
         table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
@@ -108,13 +124,20 @@ def _best_dense_us(rows: pd.DataFrame, device: str) -> float:
     return rows.loc[dense & (rows["implementation"] != SPARSE), "latency_us"].min()
 
 
-def _contests(profile: Profile, device: str, survey: bool) -> Iterator[tuple[dict, Callable[[], list[Contender]]]]:
+def _contests(
+    profile: Profile, device: str, extent: str, peers: Peers | None = None
+) -> Iterator[tuple[dict, Callable[[], list[Contender]]]]:
     """Every network or layer, batch and seed, with a function that prepares its contenders."""
 
     def network(width: float, seed: int, batch: int, specs: Specs):
         name = {"scope": "network", "name": f"VGG-16 ×{width:g}", "width": width, "batch": batch, "seed": seed}
-        return name | {"device": device}, partial(network_contenders, width, seed, batch, device, specs)
+        return name | {"device": device}, partial(network_contenders, width, seed, batch, device, specs, others=peers)
 
+    if extent == "short":
+        specs = tuple(spec for spec in SURVEY if spec[-1] == SHORT_SPARSITY)
+        yield from (network(1.0, 0, batch, specs) for batch in BATCHES[device])
+        return
+    survey = extent == "all"
     own = profile_specs(profile)
     if survey and profile.width == 1:  # one network, one list: what the profile times already is not timed again
         timed = {(pattern, sparsity) for pattern, _, sparsity in own}

@@ -1,5 +1,7 @@
 """Everything that takes part in a contest: dense rivals, sparse kernels, peers, and what bounds them all.
 
+Those that run in processes of their own are in `peers`.
+
 Only the masks matter for speed, so the networks are untrained; batch norm is folded on both sides.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fusion
 
 from reprolib import pruning, sparse
+from reprolib.bench import peers
 from reprolib.bench.timing import Contender, rotating
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
@@ -37,12 +40,26 @@ def kernel_type(device: str) -> str:
     return "fp32" if device == "cpu" else "fp16"
 
 
-def network_contenders(width: float, seed: int, batch: int, device: str, specs: Specs) -> list[Contender]:
+def network_contenders(
+    width: float, seed: int, batch: int, device: str, specs: Specs, others: peers.Peers | None = None
+) -> list[Contender]:
+    """VGG-16, dense and pruned as each of `specs` says.
+
+    `others` run the dense network; the pruned ones are for the engine that gains from zeros, at full width and for one
+    seed: it compiles each of them for seconds.
+    """
     dense, sparse_models = _networks(width, seed, device, specs)
     generator = torch.Generator().manual_seed(seed)
     images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
     found = list(_dense_contenders(_folded(dense), images, device))
-    return found + [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
+    found += [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
+    if others:
+        found += peers.dense_contenders(_folded(dense), images, others)
+        for engine in others.engines:
+            if engine.name == peers.USES_ZEROS and (width, seed) == (1.0, 0):
+                pruned = (_pruned(dense, *spec) for spec in specs)
+                found += [peers.peer_contender(engine, _folded(model), images, **about) for about, model in pruned]
+    return found
 
 
 @lru_cache(maxsize=1)  # the batches of a seed share its networks
@@ -51,15 +68,20 @@ def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Mo
     torch.manual_seed(seed)
     dense = vgg16(10, width).eval()
     found = [({}, sparse.sparsify(dense, device, dense=True))]
-    for pattern, spec, sparsity in specs:
-        model = copy.deepcopy(dense)
-        weights = pruning.prunable(model)
-        masks = pruning.make_masks(weights, parse(spec), pruning.uniform_ratios(weights, sparsity))
-        pruning.apply_masks(weights, masks)
-        about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
-        about["sparsity"] = pruning.achieved_sparsity(masks)
+    for spec in specs:
+        about, model = _pruned(dense, *spec)
         found.append((about, sparse.sparsify(model, device)))
     return dense, found
+
+
+def _pruned(dense: nn.Module, pattern: str, spec: str, sparsity: float) -> tuple[dict, nn.Module]:
+    """What tables say of a pruned copy of the network, and the copy."""
+    model = copy.deepcopy(dense)
+    weights = pruning.prunable(model)
+    masks = pruning.make_masks(weights, parse(spec), pruning.uniform_ratios(weights, sparsity))
+    pruning.apply_masks(weights, masks)
+    about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
+    return about | {"sparsity": pruning.achieved_sparsity(masks)}, model
 
 
 def layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reprolib.bench import engine
+
 ROUNDS = 9
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation: what it is, and a call without arguments that runs it once."""
+    """One implementation: what it is, and a call without arguments that runs it once.
+
+    One that runs in another process is timed there: `time_us` asks for it.
+    """
 
     implementation: str
     dtype: str
@@ -25,6 +29,7 @@ class Contender:
     spec: str = ""
     target_sparsity: float = 0.0
     sparsity: float = 0.0
+    time_us: Callable[[], float] | None = None
 
 
 def rotating(function: Callable[[Tensor], object], inputs: list[Tensor], device: str) -> Callable[[], object]:
@@ -47,13 +52,16 @@ def rotating(function: Callable[[Tensor], object], inputs: list[Tensor], device:
     return lambda: next(turns)[0].replay()
 
 
-def _time_us(call: Callable[[], object], device: str) -> float:
-    """One call, in microseconds, right after another one that is not counted."""
-    call()
+def _time_us(contender: Contender, device: str) -> float:
+    """One call, in microseconds, right after another one that is not counted; then its threads come to rest."""
+    if contender.time_us:
+        return contender.time_us()
+    call = contender.call
     if device == "cpu":
-        started = time.perf_counter_ns()
-        call()
-        return (time.perf_counter_ns() - started) / 1e3
+        us = engine.time_us(call)
+        engine.rest()
+        return us
+    call()
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
     call()
@@ -91,5 +99,5 @@ def measure(contenders: list[Contender], device: str) -> list[dict]:
 def _one_round(contenders: list[Contender], order: np.ndarray, device: str) -> list[float]:
     times = [0.0] * len(contenders)
     for i in order:
-        times[i] = _time_us(contenders[i].call, device)
+        times[i] = _time_us(contenders[i], device)
     return times

@@ -1,6 +1,10 @@
-"""Build the environment in .venv: when there is none, and again when it is another checkout's, Python's or lock's.
+"""Build an environment: when there is none, and again when it is another checkout's, Python's or lock's.
 
     python3 -m reprolib.files.environment [--this-python]
+    .venv/bin/python -m reprolib.files.environment --peers
+
+The first is .venv, in which everything runs. The second is .venv-peers, which holds the engines of other makers that
+`make bench-peers` times: they want an older Python and older packages.
 
 Runs on any Python that is at hand, with nothing installed: an old one must get as far as the line that says what is
 needed. A copied or moved environment would run the code of the checkout that it was built in.
@@ -15,12 +19,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-VENV = ROOT / ".venv"
-STAMP = VENV / ".complete"  # written last: what the environment was built for
-INPUTS = ("requirements.lock", "pyproject.toml")
+STAMP = ".complete"  # written last: what the environment was built for
+
+# A folder in the checkout, and the files whose change makes it stale: the lock is the first of them.
+Environment = namedtuple("Environment", "folder inputs")
+MAIN = Environment(".venv", ("requirements.lock", "pyproject.toml"))
+PEERS = Environment(".venv-peers", ("requirements-peers.lock",))
+PEERS_PYTHON = "3.11"  # the newest that DeepSparse has files for
+PEERS_LICENCE = (
+    "DeepSparse is closed source: its licence allows evaluation in development and testing, "
+    "no production use and no taking apart"
+)
 
 
 def supported():
@@ -30,46 +43,61 @@ def supported():
     return (3, int(oldest)), (3, int(end))
 
 
-def wanted():
-    """What the stamp says of an environment that this Python would build for this checkout."""
-    inputs = b"".join((ROOT / name).read_bytes() for name in INPUTS)
-    return {
-        "checkout": str(ROOT),
-        "python": platform.python_version(),
-        "interpreter": os.path.realpath(sys.executable),
-        "inputs": hashlib.sha256(inputs).hexdigest(),
-    }
+def python_of(environment):
+    """The path of an environment's Python, built or not."""
+    return ROOT / environment.folder / "bin" / "python"
 
 
-def fault(this_python):
+def wanted(environment):
+    """What the stamp says of an environment that would be built for this checkout now, whichever Python builds it."""
+    inputs = b"".join((ROOT / name).read_bytes() for name in environment.inputs)
+    return {"checkout": str(ROOT), "inputs": hashlib.sha256(inputs).hexdigest()}
+
+
+def this_interpreter():
+    """The rest of the stamp: the Python that runs this."""
+    return {"python": platform.python_version(), "interpreter": os.path.realpath(sys.executable)}
+
+
+def stamp_of(environment):
+    """What an environment was built for; raises OSError or ValueError for an unfinished one."""
+    return json.loads((ROOT / environment.folder / STAMP).read_text())
+
+
+def fault(environment, this_python=False):
     """Why the environment must be built (again), in a few words; empty if it can stay.
 
     An interpreter other than this one may stay, if it runs and unless `this_python` is asked for.
     """
-    if not VENV.exists():
+    if not (ROOT / environment.folder).exists():
         return "there is none yet"
     try:
-        stamp, want = json.loads(STAMP.read_text()), wanted()
+        stamp, want = stamp_of(environment), wanted(environment)
         if stamp["checkout"] != want["checkout"]:
             return f"the one here was built in {stamp['checkout']}"
         if stamp["inputs"] != want["inputs"]:
-            return f"{' or '.join(INPUTS)} changed"
-        if this_python and (stamp["interpreter"], stamp["python"]) != (want["interpreter"], want["python"]):
+            return f"{' or '.join(environment.inputs)} changed"
+        if this_python and any(stamp[key] != value for key, value in this_interpreter().items()):
             return f"the one here is of Python {stamp['python']}, {stamp['interpreter']}"
+        found = _version(python_of(environment))
+        return "" if found == stamp["python"] else f"Python {stamp['python']} of the one here is gone"
     except (OSError, ValueError, KeyError, TypeError):
         return "the one here is unfinished, or of an earlier version"
-    command = [str(VENV / "bin" / "python"), "-I", "-c", "import platform as p; print(p.python_version())"]
+
+
+def _version(python):
+    """The version of an interpreter, such as 3.11.9; empty if it does not run."""
+    command = [str(python), "-I", "-c", "import platform as p; print(p.python_version())"]
     try:
-        found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode().strip()
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode().strip()
     except OSError:
-        found = ""
-    return "" if found == stamp["python"] else f"Python {stamp['python']} of the one here is gone"
+        return ""
 
 
 def former():
     """The interpreter that the environment here was built with, if it is another one than this and still there."""
     try:
-        interpreter = json.loads(STAMP.read_text())["interpreter"]
+        interpreter = stamp_of(MAIN)["interpreter"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     other = interpreter != os.path.realpath(sys.executable) and os.access(interpreter, os.X_OK)
@@ -77,23 +105,59 @@ def former():
 
 
 def build():
-    """Build the environment from nothing. Raises subprocess.CalledProcessError."""
-    if VENV.is_symlink() or VENV.is_file():
-        VENV.unlink()
-    elif VENV.exists():
-        shutil.rmtree(str(VENV))
-    python, uv = str(VENV / "bin" / "python"), str(VENV / "bin" / "uv")
-    into = ["--quiet", "--python", python]
-    for command in (
-        [sys.executable, "-m", "venv", str(VENV)],
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "requirements.lock", "uv"],
-        [uv, "pip", "install", "--compile-bytecode", "-r", "requirements.lock", *into],
-    ):
-        subprocess.run(command, check=True, cwd=str(ROOT), env=_outside())
+    """Build .venv from nothing, with this Python. Raises subprocess.CalledProcessError."""
+    _remove(MAIN)
+    python, uv = str(python_of(MAIN)), str(python_of(MAIN).with_name("uv"))
+    _run(sys.executable, "-m", "venv", str(ROOT / MAIN.folder))
+    _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", MAIN.inputs[0], "uv")
+    _install(uv, MAIN)
     # The checkout, as seen from there: found from any folder, also from one that holds a folder named reprolib.
-    [packages] = VENV.glob("lib/python*/site-packages")
+    [packages] = (ROOT / MAIN.folder).glob("lib/python*/site-packages")
     (packages / "reprolib.pth").write_text(os.path.relpath(str(ROOT), str(packages)) + "\n")
-    STAMP.write_text(json.dumps(wanted(), indent=1) + "\n")
+    _finish(MAIN, this_interpreter())
+
+
+def build_peers():
+    """Build .venv-peers from nothing, with the uv of .venv. Raises subprocess.CalledProcessError.
+
+    Where Python 3.11 is neither here nor to be had, this Python serves, without DeepSparse.
+    """
+    _remove(PEERS)
+    uv, folder = str(python_of(MAIN).with_name("uv")), str(ROOT / PEERS.folder)
+    try:
+        _run(uv, "venv", "--quiet", "--python", PEERS_PYTHON, folder, stderr=subprocess.DEVNULL)
+    except subprocess.CalledProcessError:
+        print(f"no Python {PEERS_PYTHON} here or to be had: going on with this one, without DeepSparse", flush=True)
+        _remove(PEERS)
+        _run(uv, "venv", "--quiet", "--python", sys.executable, folder)
+    _install(uv, PEERS)
+    if list(Path(folder).glob("lib/python*/site-packages/deepsparse")):
+        print(PEERS_LICENCE, flush=True)
+    python = python_of(PEERS)
+    _finish(PEERS, {"python": _version(python), "interpreter": os.path.realpath(str(python))})
+
+
+def _remove(environment):
+    folder = ROOT / environment.folder
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(str(folder))
+
+
+def _install(uv, environment):
+    """Install what the environment's lock says."""
+    into = ["--quiet", "--python", str(python_of(environment))]
+    _run(uv, "pip", "install", "--compile-bytecode", "-r", environment.inputs[0], *into)
+
+
+def _finish(environment, interpreter):
+    stamp = dict(wanted(environment), **interpreter)
+    (ROOT / environment.folder / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
+
+
+def _run(*command, **streams):
+    subprocess.run(command, check=True, cwd=str(ROOT), env=_outside(), **streams)
 
 
 def _outside():
@@ -106,24 +170,28 @@ def _outside():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Build the environment in .venv, where the one there cannot stay.")
+    parser = argparse.ArgumentParser(description="Build an environment, where the one there cannot stay.")
     parser.add_argument("--this-python", action="store_true", help="an environment of another Python cannot stay")
-    this_python = parser.parse_args().this_python
-    why = fault(this_python)
+    parser.add_argument("--peers", action="store_true", help="the one of other makers' engines; run this from .venv")
+    arguments = parser.parse_args()
+    environment = PEERS if arguments.peers else MAIN
+    this_python = arguments.this_python and environment is MAIN
+    why = fault(environment, this_python)
     if not why:
         return
-    if not this_python and former():  # what someone chose with make PYTHON= stays chosen
-        os.chdir(str(ROOT))
-        os.execv(former(), [former(), "-m", "reprolib.files.environment"])
-    oldest, end = supported()
-    if not oldest <= sys.version_info[:2] < end:
-        sys.exit(
-            f"error: Python 3.{oldest[1]} to 3.{end[1] - 1} is needed, this is {platform.python_version()}: "
-            "name one with make PYTHON=python3.12"
-        )
-    print(f"building the environment in .venv: {why}", flush=True)
+    if environment is MAIN:
+        if not this_python and former():  # what someone chose with make PYTHON= stays chosen
+            os.chdir(str(ROOT))
+            os.execv(former(), [former(), "-m", "reprolib.files.environment"])
+        oldest, end = supported()
+        if not oldest <= sys.version_info[:2] < end:
+            sys.exit(
+                f"error: Python 3.{oldest[1]} to 3.{end[1] - 1} is needed, this is {platform.python_version()}: "
+                "name one with make PYTHON=python3.12"
+            )
+    print(f"building the environment in {environment.folder}: {why}", flush=True)
     try:
-        build()
+        build_peers() if environment is PEERS else build()
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: the environment could not be built: {error}")
 

@@ -48,6 +48,11 @@ def latency_csv(profile: str) -> Path:
     return results(profile) / "latency.csv"
 
 
+def short_latency_csv(profile: str) -> Path:
+    """What ``make bench-peers SHORT=1`` measures: apart, so that a whole table stays."""
+    return results(profile) / "latency-short.csv"
+
+
 def claims_csv(profile: str) -> Path:
     return results(profile) / "claims.csv"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from reprolib.bench.rivals import SPARSE
 from reprolib.experiments.profiles import DECIDED_FROM
 
 DROPS = (0.5, 1.0)  # accuracy drops from dense, in points, of claim 3
@@ -174,10 +175,10 @@ def _complete_pairs(group: pd.DataFrame, rival: str) -> pd.DataFrame:
 
 
 def _speed_rows(latency: pd.DataFrame | None, width: float) -> list[dict]:
-    """Claim 4, for each device that networks of this width were timed on."""
+    """Claim 4, for each device that networks of this width were timed on, with our kernels."""
     if latency is None:
         return [_row(4, "cpu", BETWEEN, [], LATENCY_UNIT, "no latency.csv: make bench measures it")]
-    decisive = (latency["scope"] == "network") & (latency["width"] == width)
+    decisive = (latency["scope"] == "network") & (latency["width"] == width) & (latency["implementation"] == SPARSE)
     decisive &= latency["target_sparsity"] >= DECIDED_FROM
     rows = [_device_speed_rows(device, group) for device, group in latency[decisive].groupby("device")]
     remark = f"no latencies of all three patterns at {100 * DECIDED_FROM:.0f} % or more and width {width:g}: make bench"

@@ -59,7 +59,7 @@ def roofline(layers: pd.DataFrame, sparsity: float, ceilings: tuple[float, float
         xlabel="FLOP per byte of input, output and stored weights (computed)",
         ylabel="GFLOP/s of useful work (measured time)",
         title=f"convolutions of VGG-16, batch {layers['batch'].iloc[0]}, {kernel_type}: "
-        f"dense and {100 * sparsity:g} % sparse\n{_machine(layers)}",
+        f"dense and {100 * sparsity:g} % sparse\n{machine(layers)}",
     )
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -92,7 +92,7 @@ def latency_vs_sparsity(networks: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylabel("speedup over the best dense path (measured)")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("sparsity of the pruned layers (%), log scale of density", fontsize="medium")
-    figure.suptitle(f"{networks['name'].iloc[0]}, {_machine(networks)}", fontsize="medium")
+    figure.suptitle(f"{networks['name'].iloc[0]}, {machine(networks)}", fontsize="medium")
     return figure
 
 
@@ -151,7 +151,7 @@ def layer_heatmap(layers: pd.DataFrame, sparsity: float) -> Figure:
     )
     axis.set(xlabel="", ylabel="layer: channels, map")
     axis.set_title(
-        f"batch {layers['batch'].iloc[0]}, {100 * sparsity:g} % sparse, measured on {_machine(layers)}",
+        f"batch {layers['batch'].iloc[0]}, {100 * sparsity:g} % sparse, measured on {machine(layers)}",
         fontsize="medium",
     )
     axis.tick_params(axis="y", rotation=0)
@@ -199,7 +199,7 @@ def accuracy_vs_latency(points: pd.DataFrame, front: Callable[[pd.DataFrame], pd
     targets = sorted(set(points.loc[points["pattern"] != "dense", "target_sparsity"]), reverse=True)
     tested = ", ".join(f"{100 * target:g}" for target in targets)
     figure.supxlabel(f"points of a line from bottom to top: {tested} % sparse, where tested", fontsize="medium")
-    figure.suptitle(f"{points['name'].iloc[0]}, {_machine(points)}", fontsize="medium")
+    figure.suptitle(f"{points['name'].iloc[0]}, {machine(points)}", fontsize="medium")
     return figure
 
 
@@ -227,7 +227,7 @@ def theoretical_vs_measured(points: pd.DataFrame) -> Figure:
     _speedup_ticks(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("speedup (measured)")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{points['name'].iloc[0]}, {_machine(points)}", fontsize="medium")
+    figure.suptitle(f"{points['name'].iloc[0]}, {machine(points)}", fontsize="medium")
     return figure
 
 
@@ -242,7 +242,8 @@ def _star(fill: str) -> dict:
     }
 
 
-def _machine(rows: pd.DataFrame) -> str:
+def machine(rows: pd.DataFrame) -> str:
+    """What the rows were measured on, for a title."""
     hardware, device, threads = rows[["hardware", "device", "threads"]].iloc[0]
     return f"{hardware}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else hardware
 

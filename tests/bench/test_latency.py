@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def table(tmp_path_factory):
         patch.setattr(timing, "ROUNDS", 2)
         patch.setattr(latency, "SEEDS", 1)
         patch.setattr(latency, "BATCHES", {"cpu": (2,)})
-        latency.benchmark(profiles.load("quick"), "cpu", False, output)
+        latency.benchmark(profiles.load("quick"), "cpu", "own", output)
         yield records.read_csv(output)
 
 
@@ -46,9 +47,9 @@ def test_stopped_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(latency.records, "commit", lambda: "abc")
     output = tmp_path / "latency.csv"
     with pytest.raises(OutOfTime, match=r"kept in .*latency\.csv\.\w+\.partial; ask again"):
-        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=1.5)
+        latency.benchmark(profiles.load("quick"), "cpu", "own", output, deadline=1.5)
     assert calls == [0, 1] and not output.exists()
-    latency.benchmark(profiles.load("quick"), "cpu", False, output)
+    latency.benchmark(profiles.load("quick"), "cpu", "own", output)
     assert calls == [0, 1, 2]
     assert records.read_csv(output)["seed"].tolist() == [0, 0, 1, 1, 2, 2]
     assert list(tmp_path.iterdir()) == [output]
@@ -61,9 +62,9 @@ def test_benchmark_of_other_code_starts_anew(commits, tmp_path, monkeypatch):
     monkeypatch.setattr(latency.time, "time", lambda: len(calls))
     monkeypatch.setattr(latency.records, "commit", lambda: commits[0])
     with pytest.raises(OutOfTime):
-        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=0.5)
+        latency.benchmark(profiles.load("quick"), "cpu", "own", output, deadline=0.5)
     monkeypatch.setattr(latency.records, "commit", lambda: commits[1])
-    latency.benchmark(profiles.load("quick"), "cpu", False, output)
+    latency.benchmark(profiles.load("quick"), "cpu", "own", output)
     assert calls == [0, 0, 1]
 
 
@@ -73,9 +74,65 @@ def test_other_contests_do_not_continue_these(tmp_path, monkeypatch):
     monkeypatch.setattr(latency.time, "time", lambda: len(calls))
     monkeypatch.setattr(latency.records, "commit", lambda: "abc")
     with pytest.raises(OutOfTime):
-        latency.benchmark(profiles.load("quick"), "cpu", False, output, deadline=0.5)
-    latency.benchmark(profiles.load("quick"), "cpu", True, output)
+        latency.benchmark(profiles.load("quick"), "cpu", "own", output, deadline=0.5)
+    latency.benchmark(profiles.load("quick"), "cpu", "all", output)
     assert calls == [0, 0, 1]
+
+
+class Company:
+    """Peers by name."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def __str__(self):
+        return self.name
+
+    def release(self):
+        self.calls.append("released")
+
+
+@pytest.mark.parametrize("others", [None, "DeepSparse 1.9", "DeepSparse 1.8, OpenVINO 2026"])
+def test_contests_with_other_peers_do_not_continue_these(others, tmp_path, monkeypatch):
+    """All rows of a table were measured beside the same rivals."""
+    calls, output = [], tmp_path / "latency.csv"
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(2)])
+    monkeypatch.setattr(latency.time, "time", lambda: len(calls))
+    monkeypatch.setattr(latency.records, "commit", lambda: "abc")
+    with pytest.raises(OutOfTime):
+        latency.benchmark(profiles.load("quick"), "cpu", "own", output, 0.5, Company("DeepSparse 1.8", calls))
+    assert calls == [0, "released"], "what a contest compiled is let go"
+    latency.benchmark(profiles.load("quick"), "cpu", "own", output, peers=others and Company(others, []))
+    assert calls == [0, "released", 0, 1]
+
+
+def test_best_dense_is_over_all_engines_in_the_type_of_the_kernels():
+    rows = pd.DataFrame(
+        [
+            ("oneDNN, channels last", "fp32", "dense", 300.0),
+            ("OpenVINO 2026.4.1", "fp32", "dense", 200.0),
+            ("OpenVINO 2026.4.1", "bf16", "dense", 100.0),
+            (latency.SPARSE, "fp32", "dense", 150.0),
+            ("DeepSparse 1.8.0", "fp32", "dense", 250.0),
+            ("DeepSparse 1.8.0", "fp32", "hybrid", 50.0),
+            (latency.SPARSE, "fp32", "hybrid", 60.0),
+        ],
+        columns=["implementation", "dtype", "pattern", "latency_us"],
+    )
+    assert latency._best_dense_us(rows, "cpu") == 200
+
+
+def test_short_extent_is_one_sparsity_of_one_full_network():
+    contests = list(latency._contests(profiles.load("laptop"), "cpu", "short"))
+    assert [(c["width"], c["seed"], c["batch"]) for c, _ in contests] == [(1.0, 0, 1), (1.0, 0, 16), (1.0, 0, 64)]
+    specs = contests[0][1].args[-1]
+    assert {pattern for pattern, _, _ in specs} == set(latency.PATTERNS) and {spec[2] for spec in specs} == {0.9}
+
+
+def test_peers_run_whole_networks_only():
+    company = Company("DeepSparse 1.8", [])
+    for name, prepare in latency._contests(profiles.load("laptop"), "cpu", "all", company):
+        assert (prepare.keywords.get("others") is company) == (name["scope"] == "network")
 
 
 def test_distinct_masks_of_a_profile():
@@ -147,7 +204,7 @@ def test_unfolding_fits_the_gemm_view():
 
 
 def test_survey_covers_all_patterns_and_shapes():
-    contests = [name for name, _ in latency._contests(profiles.load("laptop"), "cpu", survey=True)]
+    contests = [name for name, _ in latency._contests(profiles.load("laptop"), "cpu", "all")]
     assert {(c["scope"], c["width"]) for c in contests} == {
         ("network", 0.25),
         ("network", 1.0),
@@ -162,7 +219,7 @@ def test_survey_covers_all_patterns_and_shapes():
 
 
 def test_survey_joins_the_networks_of_a_full_width_profile():
-    contests = latency._contests(profiles.load("paper"), "cpu", survey=True)
+    contests = latency._contests(profiles.load("paper"), "cpu", "all")
     specs = next(prepare.args[-1] for _, prepare in contests)
     timed = [(pattern, sparsity) for pattern, _, sparsity in specs]
     assert len(timed) == len(set(timed)), "one name and sparsity, one mask"
@@ -181,4 +238,4 @@ def test_cuda_without_a_gpu_says_what_is_missing(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="CPU kernels"):
-        latency.benchmark(profiles.load("quick"), "cuda", False, tmp_path / "latency.csv")
+        latency.benchmark(profiles.load("quick"), "cuda", "own", tmp_path / "latency.csv")

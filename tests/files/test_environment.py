@@ -20,50 +20,63 @@ from reprolib.files import environment, paths
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout of its own whose environment has just been built, by this Python."""
+    """A checkout of its own whose two environments have just been built, by this Python."""
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(environment, "STAMP", tmp_path / ".venv" / ".complete")
-    for name in environment.INPUTS:
-        shutil.copy(paths.ROOT / name, tmp_path / name)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    environment.STAMP.write_text(json.dumps(environment.wanted()))
+    for built in (environment.MAIN, environment.PEERS):
+        for name in built.inputs:
+            shutil.copy(paths.ROOT / name, tmp_path / name)
+        environment.python_of(built).parent.mkdir(parents=True)
+        environment.python_of(built).symlink_to(sys.executable)
+        change_stamp(built)
     return tmp_path
 
 
-def change_stamp(**values):
-    environment.STAMP.write_text(json.dumps(environment.wanted() | values))
+def stamp(built):
+    return environment.ROOT / built.folder / ".complete"
 
 
-def point_to(checkout, target):
-    python = checkout / ".venv" / "bin" / "python"
+def change_stamp(built=environment.MAIN, **values):
+    stamp(built).write_text(json.dumps(environment.wanted(built) | environment.this_interpreter() | values))
+
+
+def point_to(built, target):
+    python = environment.python_of(built)
     python.unlink()
     python.symlink_to(target)
 
 
 FAULTS = {
-    "there is none yet": lambda checkout: shutil.rmtree(checkout / ".venv"),
-    "the one here is unfinished": lambda checkout: environment.STAMP.unlink(),
-    "or of an earlier version": lambda checkout: environment.STAMP.write_text(""),
-    "the one here was built in /elsewhere": lambda checkout: change_stamp(checkout="/elsewhere"),
-    "requirements.lock or pyproject.toml changed": lambda checkout: (checkout / "requirements.lock").write_text("new"),
-    "Python 3.11.0 of the one here is gone": lambda checkout: change_stamp(python="3.11.0"),
-    "of the one here is gone": lambda checkout: point_to(checkout, "/nowhere"),
+    "there is none yet": lambda built: shutil.rmtree(environment.ROOT / built.folder),
+    "the one here is unfinished": lambda built: stamp(built).unlink(),
+    "or of an earlier version": lambda built: stamp(built).write_text(""),
+    "the one here was built in /elsewhere": lambda built: change_stamp(built, checkout="/elsewhere"),
+    ".lock": lambda built: (environment.ROOT / built.inputs[0]).write_text("new"),
+    "Python 3.11.0 of the one here is gone": lambda built: change_stamp(built, python="3.11.0"),
+    "of the one here is gone": lambda built: point_to(built, "/nowhere"),
 }
 
 
+@pytest.mark.parametrize("built", [environment.MAIN, environment.PEERS], ids=lambda built: built.folder)
 @pytest.mark.parametrize(("why", "happen"), FAULTS.items())
-def test_environment_that_is_foreign_or_stale_is_built_again(checkout, why, happen):
-    assert environment.fault(this_python=True) == ""
-    happen(checkout)
-    assert why in environment.fault(this_python=False)
+def test_environment_that_is_foreign_or_stale_is_built_again(checkout, built, why, happen):
+    assert environment.fault(built, this_python=True) == ""
+    happen(built)
+    assert why in environment.fault(built)
+    [other] = {environment.MAIN, environment.PEERS} - {built}
+    assert environment.fault(other) == ""
+
+
+def test_change_of_any_input_is_told(checkout):
+    (checkout / "pyproject.toml").write_text("new")
+    assert environment.fault(environment.MAIN) == "requirements.lock or pyproject.toml changed"
+    (checkout / "requirements-peers.lock").write_text("new")
+    assert environment.fault(environment.PEERS) == "requirements-peers.lock changed"
 
 
 def test_another_python_may_stay_until_one_is_asked_for(checkout):
     change_stamp(interpreter="/usr/bin/python3.12")
-    assert environment.fault(this_python=False) == ""
-    assert environment.fault(this_python=True).endswith(", /usr/bin/python3.12")
+    assert environment.fault(environment.MAIN) == ""
+    assert environment.fault(environment.MAIN, this_python=True).endswith(", /usr/bin/python3.12")
 
 
 def test_stale_environment_is_built_again_by_the_python_that_was_chosen_for_it(checkout, monkeypatch):
@@ -83,6 +96,72 @@ def test_stale_environment_is_built_again_by_the_python_that_was_chosen_for_it(c
     assert called == [sys.executable]
     chosen.unlink()
     assert environment.former() is None
+
+
+@pytest.fixture
+def installed(checkout, monkeypatch):
+    """What the environment of the peers is built with, here with Pythons that the test names."""
+    commands, pythons = [], []
+
+    def run(command, check, cwd, env, **streams):
+        commands.append(command)
+        if command[1] == "venv":
+            if command[4] not in pythons:
+                raise subprocess.CalledProcessError(2, command)
+            package = checkout / ".venv-peers" / "lib" / "python3.11" / "site-packages"
+            package.mkdir(parents=True)
+            if command[4] == "3.11":
+                (package / "deepsparse").mkdir()
+            (checkout / ".venv-peers" / "bin").mkdir()
+            environment.python_of(environment.PEERS).symlink_to(sys.executable)
+
+    monkeypatch.setattr(environment.subprocess, "run", run)
+    monkeypatch.setattr(environment, "_version", lambda python: "3.11.9" if python.exists() else "")
+    return commands, pythons
+
+
+def test_peers_get_the_python_of_deepsparse_and_its_licence_is_told(installed, capsys):
+    commands, pythons = installed
+    pythons.append("3.11")
+    environment.build_peers()
+    assert [command[1] for command in commands] == ["venv", "pip"]
+    assert "requirements-peers.lock" in commands[1] and str(environment.python_of(environment.PEERS)) in commands[1]
+    assert capsys.readouterr().out.splitlines() == [environment.PEERS_LICENCE]
+    assert environment.fault(environment.PEERS) == ""
+
+
+def test_without_that_python_the_peers_go_on_with_this_one(installed, capsys):
+    _, pythons = installed
+    pythons.append(sys.executable)
+    environment.build_peers()
+    [line] = capsys.readouterr().out.splitlines()
+    assert "no Python 3.11" in line and "without DeepSparse" in line
+    assert environment.fault(environment.PEERS) == ""
+
+
+def test_peers_are_built_when_asked_for_and_not_before(checkout, monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(environment, "build", lambda: built.append(".venv"))
+    monkeypatch.setattr(environment, "build_peers", lambda: built.append(".venv-peers"))
+    shutil.rmtree(checkout / ".venv-peers")
+    for arguments in ([], ["--peers"]):
+        monkeypatch.setattr(sys, "argv", ["environment", *arguments])
+        environment.main()
+    assert built == [".venv-peers"]
+    assert capsys.readouterr().out == "building the environment in .venv-peers: there is none yet\n"
+
+
+def test_lock_of_the_peers_holds_what_is_asked_for_and_names_no_index():
+    listed = (paths.ROOT / "requirements-peers.in").read_text()
+    lines = [line.split(" #")[0].strip() for line in listed.splitlines() if line and not line.startswith("#")]
+    asked = {Requirement(line).name for line in lines}
+    assert asked == {"deepsparse", "openvino", "onnxruntime", "onnx", "numpy"}
+    lock = (paths.ROOT / "requirements-peers.lock").read_text()
+    assert asked <= {Requirement(line).name for line in lock.splitlines()} and "://" not in lock
+    [deepsparse] = [Requirement(line) for line in lock.splitlines() if line.startswith("deepsparse==")]
+    for version, there in (("3.11", True), ("3.12", False)):
+        of = {"python_full_version": f"{version}.1", "sys_platform": "linux", "platform_machine": "x86_64"}
+        assert deepsparse.marker.evaluate(of) is there
 
 
 def test_installers_are_not_led_elsewhere(monkeypatch):

@@ -32,10 +32,13 @@ def test_of_the_dense_rivals_the_fastest_of_each_type_stays():
         measured("oneDNN, channels last", 200.0),
         measured("oneDNN, channels last", 150.0, dtype="bf16"),
         measured("sparse kernels", 250.0),
+        measured("OpenVINO 2026.4.1", 180.0),
+        measured("OpenVINO 2026.4.1", 90.0, dtype="bf16"),
         measured("torch BSR, with unfold", 10.0, **HYBRID),
+        measured("DeepSparse 1.8.0", 20.0, **HYBRID),
     ]
     found = analysis.networks(pd.DataFrame(rows)).set_index(["ours", "dtype"])["latency_us"]
-    assert found.to_dict() == {(False, "fp32"): 200, (False, "bf16"): 150, (True, "fp32"): 250}
+    assert found.to_dict() == {(False, "fp32"): 180, (False, "bf16"): 90, (True, "fp32"): 250}
 
 
 def test_work_of_a_layer_by_hand():

@@ -219,7 +219,9 @@ def test_seeds_needed_shrinks_the_interval_past_zero():
 ACCURACY = accuracy_frame({("hybrid", 0.9): [80.0, 80.0], ("block", 0.9): [79.0, 79.0]})
 
 
-def latency_frame(latencies: dict, width=0.25, device="cpu", scope="network") -> pd.DataFrame:
+def latency_frame(
+    latencies: dict, width=0.25, device="cpu", scope="network", implementation="sparse kernels"
+) -> pd.DataFrame:
     """{(pattern, batch, target): [latency_us per seed]} as a table of latencies."""
     rows = [
         {
@@ -230,6 +232,7 @@ def latency_frame(latencies: dict, width=0.25, device="cpu", scope="network") ->
             "batch": batch,
             "target_sparsity": target,
             "seed": seed,
+            "implementation": implementation,
             "latency_us": latency,
         }
         for (pattern, batch, target), values in latencies.items()
@@ -255,6 +258,15 @@ def speeds(block: list, hybrid: list, balanced: list, **where) -> pd.DataFrame:
 )
 def test_hybrid_is_between_or_not(block, hybrid, balanced, verdict):
     assert deciding(ACCURACY, 4, latency=speeds(block, hybrid, balanced))["verdict"] == verdict
+
+
+def test_only_our_kernels_decide_on_speed():
+    """Another engine ran the same pruned weights: its order of the patterns is another one."""
+    ours = speeds([100, 102], [150, 152], [200, 203])
+    theirs = speeds([900, 902], [100, 102], [500, 502], implementation="DeepSparse 1.8.0")
+    alone = deciding(ACCURACY, 4, latency=ours)
+    both = deciding(ACCURACY, 4, latency=pd.concat([ours, theirs], ignore_index=True))
+    assert alone.to_dict() == both.to_dict()
 
 
 def test_distance_to_the_nearer_end_in_percent_of_latency():

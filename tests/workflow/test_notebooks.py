@@ -111,6 +111,22 @@ def test_ablations_of_an_unfinished_run_can_be_drawn(kept, tmp_path, monkeypatch
     assert (paths.figures("laptop") / "retraining_budget.svg").exists()
 
 
+@pytest.mark.parametrize("timed", [False, True], ids=["not timed", "timed"])
+def test_engines_of_other_makers_are_drawn_where_they_were_timed(timed, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    matplotlib.use("agg")
+    for table in (paths.accuracy_csv, paths.latency_csv):
+        rows = records.read_csv(paths.ROOT / table("laptop").relative_to(tmp_path))
+        if timed and table is paths.latency_csv:
+            same = rows[(rows["scope"] == "network") & (rows["width"] == 1) & (rows["pattern"] == "hybrid")]
+            theirs = same[same["seed"] == 0].assign(implementation="DeepSparse 1.8.0")
+            rows = pd.concat([rows, theirs], ignore_index=True)
+        records.write_csv(table("laptop"), rows)
+    show(paths.notebook("06"))
+    drawn = {path.name for path in paths.figures("laptop").glob("peers.*")}
+    assert drawn == ({f"peers.{suffix}" for suffix in ("svg", "png", "md", "tex")} if timed else set())
+
+
 @pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
 def test_has_the_form_of_the_house(notebook):
     cells = nbformat.read(notebook, as_version=4).cells

@@ -1,0 +1,192 @@
+"""The process of one engine of another maker: what it is told on its input, it does, and answers.
+
+    .venv-peers/bin/python -I reprolib/bench/engine.py DeepSparse 2
+
+Run by its path, in an environment that has neither torch nor reprolib: only the standard library, NumPy, onnx and the
+engine itself are imported, and nothing but the clock is imported from here. A line of JSON comes in, a line of JSON
+goes out; the first line out says which version is there, or what is missing:
+
+    {"do": "load", "network": 0, "weights": "net.npz", "dtype": "fp32"}
+    {"do": "run", "network": 0}        ->  {"logits": [[...], ...]}, of the next of the inputs
+    {"do": "time", "network": 0}       ->  {"us": 1234.5}
+    {"do": "release"}                      all networks go
+
+An answer is {"error": "..."} where something failed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+Call = Callable[[], object]
+
+# --- The clock of all contenders, in whichever process --------------------------------------------------------------
+
+REST_S, RESTED, LONGEST_REST_S = 0.01, 0.1, 0.3  # a look at the CPU clock; its share that is rest; the end of patience
+
+
+def time_us(call: Call) -> float:
+    """One call, in microseconds, right after another one that is not counted."""
+    call()
+    started = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - started) / 1e3
+
+
+def rest() -> None:
+    """Wait until the threads of this process are idle: the next contender is to have the cores for itself.
+
+    Threads of a pool look for more work in a loop before they sleep: in ONNX Runtime for 50 ms after a call, in OpenMP
+    (torch, Numba) for 4 to 8 ms, in TBB (OpenVINO) for 1 ms, in DeepSparse not at all (CPU time, measured with two
+    threads). So a contender's turn ends when its process uses no CPU time any more. The wait is not part of any time.
+    """
+    for _ in range(round(LONGEST_REST_S / REST_S)):
+        used = time.process_time()
+        time.sleep(REST_S)
+        if time.process_time() - used < RESTED * REST_S:
+            return
+
+
+# --- The network as an ONNX file ------------------------------------------------------------------------------------
+
+
+def to_onnx(layers: list[str], arrays: dict[str, np.ndarray], input_shape: tuple[int, ...]) -> bytes:
+    """The content of an ONNX file for a stack of layers, of a fixed batch: ``conv``, ``relu``, ``pool``, ``flatten``,
+    ``linear``.
+
+    The weight and bias of layer i are ``weight<i>`` and ``bias<i>`` of `arrays`; convolutions keep the size of the map.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, constants, x = [], [], "images"
+    for i, kind in enumerate(layers):
+        parameters = [f"{name}{i}" for name in ("weight", "bias")] if kind in ("conv", "linear") else []
+        constants += [numpy_helper.from_array(arrays[name], name) for name in parameters]
+        operator, settings = {
+            "conv": ("Conv", {"pads": [arrays[f"weight{i}"].shape[-1] // 2] * 4 if kind == "conv" else []}),
+            "relu": ("Relu", {}),
+            "pool": ("MaxPool", {"kernel_shape": [2, 2], "strides": [2, 2]}),
+            "flatten": ("Flatten", {}),
+            "linear": ("Gemm", {"transB": 1}),
+        }[kind]
+        y = "logits" if i == len(layers) - 1 else f"x{i}"
+        nodes.append(helper.make_node(operator, [x, *parameters], [y], **settings))
+        x = y
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, input_shape)
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "network", [images], [logits], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return model.SerializeToString()
+
+
+# --- The engines, each at its best settings for one batch after the other -------------------------------------------
+
+
+def deepsparse(model: bytes, batch: int, threads: int, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    import deepsparse
+
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(model)
+        file.flush()
+        engine = deepsparse.compile_model(file.name, batch_size=batch, num_cores=threads)
+    return lambda x: engine.run([x], val_inp=False)[0]
+
+
+def openvino(model: bytes, batch: int, threads: int, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Its own way with zeros, CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, is for int8 products on AMX only."""
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    settings["INFERENCE_PRECISION_HINT"] = {"fp32": "f32", "bf16": "bf16"}[dtype]
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
+    return lambda x: request.infer([x], share_inputs=True, share_outputs=True)[0]
+
+
+def onnxruntime(model: bytes, batch: int, threads: int, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Its threads may spin, as is its default and its best on idle cores: `rest` waits until they stop."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"images": x})[0]
+
+
+ENGINES = {"DeepSparse": deepsparse, "OpenVINO": openvino, "ONNX Runtime": onnxruntime}
+
+
+# --- The conversation -----------------------------------------------------------------------------------------------
+
+
+def networks_of(name: str, threads: int) -> tuple[str, Callable[[str, str], Call]]:
+    """The version of an engine, and a function of a file of weights and a type that makes a call out of them.
+
+    The call runs the network on the next of the file's inputs and returns logits. Raises ImportError and the like.
+    """
+    build = ENGINES[name]
+    importlib.import_module(build.__name__)
+
+    def load(weights: str, dtype: str) -> Call:
+        with np.load(weights) as arrays:
+            images = arrays["images"]  # [inputs, batch, 3, height, width]
+            model = to_onnx(arrays["layers"].tolist(), arrays, images.shape[1:])
+        run = build(model, images.shape[1], threads, dtype)
+        turns = itertools.cycle(images)
+        return lambda: run(next(turns))
+
+    return importlib.metadata.version(build.__name__), load
+
+
+def serve(load: Callable[[str, str], Call], say: Callable[[dict], None]) -> None:
+    """Do what standard input says until it ends."""
+    networks: dict[int, Call] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            match asked["do"]:
+                case "load":
+                    networks[asked["network"]] = load(asked["weights"], asked["dtype"])
+                    say({})
+                case "run":
+                    say({"logits": np.asarray(networks[asked["network"]](), dtype=float).tolist()})
+                case "time":
+                    us = time_us(networks[asked["network"]])
+                    rest()
+                    say({"us": us})
+                case "release":
+                    networks.clear()
+                    say({})
+        except Exception as error:  # an engine raises what it likes: the other side says which engine it was
+            say({"error": f"{type(error).__name__}: {error}"})
+
+
+def main() -> None:
+    name, threads = sys.argv[1], int(sys.argv[2])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever an engine prints is no answer
+
+    def say(answer: dict) -> None:
+        answers.write(json.dumps(answer) + "\n")
+
+    try:
+        version, load = networks_of(name, threads)
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+        return
+    say({"version": version})
+    serve(load, say)
+
+
+if __name__ == "__main__":
+    main()
