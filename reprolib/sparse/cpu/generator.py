@@ -19,6 +19,7 @@ A chunk is called as ``f(source, weights, sums, target, masks)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -75,13 +76,20 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     output = np.arange(len(weight))
     weights[streams[:-1][is_first][output // rows] + output % rows] = stage.layer.bias
 
-    before = [_prologue(stage, isa, size, first) for size, first in zip(sizes, is_first, strict=True)]
-    behind = [_epilogue(stage, isa, size, last) for size, last in zip(sizes, is_last, strict=True)]
+    before = _each(sizes, is_first, lambda size, first: _prologue(stage, isa, size, first))
+    behind = _each(sizes, is_last, lambda size, last: _epilogue(stage, isa, size, last))
     packets = _packets(stage, isa, tap, channel, row, chunk_of, sizes, at)
     code, code_starts = _assembled(before, packets, chunk_starts, behind)
     code_bytes = np.diff(code_starts, append=len(code))
     chunks = np.stack([code_starts, streams[:-1] + isa.REACH, code_bytes], axis=1)
     return Code(code, weights, chunks, np.searchsorted(chunk_groups, np.arange(len(first_rows))), first_rows)
+
+
+def _each(sizes: np.ndarray, at_end: np.ndarray, make: Callable[[int, bool], bytes]) -> list[bytes]:
+    """What `make` makes for every chunk: there are many chunks, but few kinds of them."""
+    kinds = list(zip(sizes.tolist(), at_end.tolist(), strict=True))
+    made = {kind: make(*kind) for kind in set(kinds)}
+    return [made[kind] for kind in kinds]
 
 
 def _group_rows(kept: np.ndarray, choices: tuple[int, ...]) -> int:
