@@ -1,4 +1,4 @@
-"""What the README says is what the committed results say."""
+"""What the README and the pages of docs/ say is what the committed results say."""
 
 import re
 
@@ -7,31 +7,57 @@ import pytest
 from reprolib.bench import throughput
 from reprolib.experiments import records
 from reprolib.files import paths
-from reprolib.paper import accuracy_figures, analysis, claims, speed_figures
+from reprolib.paper import accuracy_figures, analysis, claims, peer_figures, speed_figures
 
-README = (paths.ROOT / "README.md").read_text()
-
-
+PAGES = [paths.ROOT / "README.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
+TEXTS = {path.name: path.read_text() for path in PAGES}
 RESULTS = paths.ROOT / "results"
 LAPTOP = RESULTS / "laptop"
+VERDICT = re.compile(r"([-+]\d+\.\d+ \[[-+]\d+\.\d+, [-+]\d+\.\d+\]) \*\*(\w+)\*\*")
+
+
+def committed_claims(profile):
+    accuracy, latency = (records.read_csv(RESULTS / profile / name) for name in ("accuracy.csv", "latency.csv"))
+    return accuracy_figures.claims_table(claims.decide(accuracy, latency), claims.CLAIMS)
 
 
 @pytest.mark.parametrize(("profile", "without_data"), [("laptop", 0), ("laptop-cifar100", 5)])
-def test_table_of_claims_holds_the_committed_verdicts(profile, without_data):
-    accuracy, latency = (records.read_csv(RESULTS / profile / name) for name in ("accuracy.csv", "latency.csv"))
-    table = accuracy_figures.claims_table(claims.decide(accuracy, latency), claims.CLAIMS)
+def test_page_of_results_holds_the_committed_verdicts(profile, without_data):
+    table = committed_claims(profile)
     has_data = table["verdict"] != "no data"
-    assert (~has_data).sum() == without_data  # the README tells of these in prose
+    assert (~has_data).sum() == without_data  # the page tells of these in prose
     for claim, row in table[has_data].iterrows():
-        numbers = row["difference, 95 % interval"].split(" points")[0]
-        line = f"| {claim} | {row['data']} | {row['comparison']} | {numbers} | **{row['verdict']}** | "
-        assert line in README, line
+        cells = [claim, row["data"], row["comparison"], row["difference, 95 % interval"], str(row["seeds"])]
+        line = f"| {' | '.join(cells)} | **{row['verdict']}** |"
+        assert line in TEXTS["results.md"], line
+
+
+def test_verdicts_of_the_readme_are_the_committed_ones():
+    committed = {
+        (row["difference, 95 % interval"].split("]")[0] + "]", row["verdict"])
+        for profile in ("laptop", "laptop-cifar100")
+        for _, row in committed_claims(profile).iterrows()
+    }
+    said = VERDICT.findall(TEXTS["README.md"])
+    assert len(said) >= 9
+    assert [verdict for verdict in said if verdict not in committed] == []
+
+
+@pytest.mark.parametrize(("page", "fewest"), [("README.md", 9), ("speed.md", 19)])
+def test_tables_of_engines_hold_the_committed_latencies(page, fewest):
+    rows = peer_figures.peer_rows(records.read_csv(LAPTOP / "latency-short.csv"))
+    check_lines(page, r"\| (?:dense \w+|[\w:& -]+, 90 %): ", peer_figures.peer_table(rows), fewest)
 
 
 def test_table_of_speeds_holds_the_committed_latencies():
     table = speed_figures.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
-    lines = [line for line in README.splitlines() if line.startswith("| batch ")]
-    assert len(lines) >= 10
+    check_lines("speed.md", r"\| batch \d+, ", table, 10)
+
+
+def check_lines(page, start, table, fewest):
+    """The lines of a page that begin so are rows of the table."""
+    lines = [line for line in TEXTS[page].splitlines() if re.match(start, line)]
+    assert len(lines) >= fewest
     for line in lines:
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         assert cells == table.loc[name].to_list(), name
@@ -39,23 +65,34 @@ def test_table_of_speeds_holds_the_committed_latencies():
 
 def test_table_of_training_speeds_holds_the_committed_ones():
     for row in throughput.speed_table(records.read_csv(LAPTOP / "training.csv")).itertuples(index=False):
-        assert f"| {' | '.join(row)} |" in README
+        assert f"| {' | '.join(row)} |" in TEXTS["training.md"]
 
 
 def test_table_of_the_full_network_holds_the_committed_accuracies():
     accuracy = records.read_csv(RESULTS / "evening" / "accuracy.csv")
     for name, row in accuracy_figures.accuracy_table(accuracy).iterrows():
-        assert f"| {name} | {' | '.join(row)} |" in README
+        assert f"| {name} | {' | '.join(row)} |" in TEXTS["results.md"]
 
 
-def test_files_that_the_readme_names_exist():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(targets) > 10
-    assert [target for target in targets if not (paths.ROOT / target).exists()] == []
+def test_readme_is_short():
+    assert len(TEXTS["README.md"].split()) <= 1100
 
 
-def test_make_targets_that_the_readme_names_exist():
-    targets = set(re.findall(r"(?<!snake)make ([a-z-]+)", README))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_files_that_a_page_names_exist(path):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+    if path.name == "README.md":
+        pages = {target for target in targets if target.startswith("docs/")}
+        assert pages == {f"docs/{name}" for name in TEXTS if name != "README.md"}  # each page can be found
+
+
+def test_make_targets_that_the_pages_name_exist():
+    targets = set(
+        re.findall(
+            r"(?<!snake)make ([a-z-]+)", " ".join(re.findall(r"`[^`]*`|^    .*$", "\n".join(TEXTS.values()), re.M))
+        )
+    )
     makefile = (paths.ROOT / "Makefile").read_text()
-    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench", "bench-train"} <= targets
+    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench", "bench-peers", "bench-train"} <= targets
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
