@@ -125,8 +125,12 @@ def latency_table(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def duration(microseconds: float) -> str:
-    """Three digits and a unit: 45.6 µs, 1.23 ms, 789 ms."""
-    value, unit = (microseconds, "µs") if microseconds < 999.5 else (microseconds / 1e3, "ms")
+    """Three digits and a unit: 45.6 µs, 1.23 ms, 789 ms, 1.23 s."""
+    value, unit = next(
+        (microseconds / size, unit)
+        for size, unit in ((1, "µs"), (1e3, "ms"), (1e6, "s"))
+        if microseconds < 999.5 * size
+    )
     return f"{value:#.3g}".rstrip(".") + f" {unit}"
 
 

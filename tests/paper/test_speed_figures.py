@@ -30,8 +30,8 @@ def test_format_picture_brackets_stored_zeros():
 
 
 def test_duration_has_three_digits_and_a_unit():
-    texts = [speed_figures.duration(us) for us in (45.61, 999.4, 999.6, 1234, 12345, 789123)]
-    assert texts == ["45.6 µs", "999 µs", "1.00 ms", "1.23 ms", "12.3 ms", "789 ms"]
+    texts = [speed_figures.duration(us) for us in (45.61, 999.4, 999.6, 1234, 12345, 789123, 2674000)]
+    assert texts == ["45.6 µs", "999 µs", "1.00 ms", "1.23 ms", "12.3 ms", "789 ms", "2.67 s"]
 
 
 @pytest.fixture
