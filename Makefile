@@ -10,8 +10,10 @@ CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONSTARTUP -u PYTHONOPTIMIZE
 BIN := $(CLEAN) $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES))
 
+STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
+
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint reproduce figures sweep bench bench-train lab lock clean
+.PHONY: help env data test lint strip reproduce figures sweep bench bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +32,10 @@ test: env lint ## run all tests, every notebook included
 
 lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(STRIP) --verify notebooks/*.ipynb || { echo "error: these notebooks hold outputs: make strip removes them"; exit 1; }
+
+strip: env ## remove outputs from notebooks, before a commit
+	@$(STRIP) notebooks/*.ipynb
 
 reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening or paper (default: what fits); BUDGET=20m stops in time
 	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget $(BUDGET))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,6 @@ from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import seconds
 from reprolib.files.processes import environment
 from reprolib.files.settings import Some
-from reprolib.workflow import notebooks
 
 SNAKEFILE = paths.ROOT / "Snakefile"
 FIGURES_S = 150.0  # of a budget, kept for tables and figures
@@ -73,11 +73,15 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
         write_tables(profile)
         if missing:
             print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
+        whole = not missing and budget_s == math.inf
+        if whole and not paths.latency_csv(profile.name).exists() and not _measured(profile.name, cores):
+            errors.append("latencies could not be measured, see above: make bench tries again")
         try:
-            if missing or budget_s < math.inf:
-                draw(profile.name, cores, lock)
-            else:
+            if whole and paths.latency_csv(profile.name).exists():
                 _snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+                publish(profile.name)
+            else:
+                draw(profile.name, cores, lock)
         except RuntimeError as failed:
             errors.append(str(failed).removeprefix("error: "))
     if errors:
@@ -89,25 +93,57 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
 def figures(profile: Profile, cores: int) -> None:
     """Redraw the figures and tables of a profile from its tables of results, without training."""
     records.read_csv(paths.accuracy_csv(profile.name))
-    started = time.time()
     with _only_run(paths.results(profile.name), lambda: None) as lock:
-        draw(profile.name, cores, lock)
+        redrawn = draw(profile.name, cores, lock)
     folder = paths.figures(profile.name)
-    redrawn = [path for path in folder.glob("*") if path.stat().st_mtime >= started]
     if not redrawn:
         raise RuntimeError(f"error: nothing was drawn into {folder}, see {paths.results(profile.name)}/snakemake.log")
     print(f"redrawn: {len(redrawn)} files in {folder}")
 
 
-def draw(profile_name: str, cores: int, lock: IO) -> None:
-    """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone."""
+def draw(profile_name: str, cores: int, lock: IO) -> list[Path]:
+    """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone.
+
+    Returns the files. Raises RuntimeError for what could not be drawn; what could be is in its place nevertheless.
+    """
     rules = [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
     accuracy = paths.accuracy_csv(profile_name)
     if accuracy.exists() and not _has_pair(records.read_csv(accuracy)):
         rules = ["anatomy"]
     targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
     config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
-    _snakemake(targets, paths.results(profile_name), cores, lock, config)
+    shutil.rmtree(paths.drawn(profile_name), ignore_errors=True)  # of another run
+    try:
+        _snakemake(targets, paths.results(profile_name), cores, lock, config)
+    finally:
+        redrawn = publish(profile_name)
+    return redrawn
+
+
+def publish(profile_name: str) -> list[Path]:
+    """Move what notebooks have drawn to its place, whole files, and only of notebooks that got to their end.
+
+    Tables of numbers go to the results, all else to the figures. Returns the files, the unchanged ones too.
+    """
+    published = []
+    for folder in sorted(paths.drawn(profile_name).glob("[!.]*")):
+        if not (paths.executed(profile_name) / f"{folder.name}.ipynb").exists():
+            continue  # it failed, or was stopped
+        for path in sorted(folder.glob("[!.]*")):  # not Snakemake's own notes
+            home = paths.results if path.suffix == ".csv" else paths.figures
+            place, content = home(profile_name) / path.name, path.read_bytes()
+            if not (place.exists() and place.read_bytes() == content):
+                write_atomically(place, content)
+            published.append(place)
+    return published
+
+
+def _measured(profile_name: str, cores: int) -> bool:
+    """Measure the latencies of a profile's networks, while nothing else runs; whether that went well."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [sys.executable, "-m", "reprolib.bench", "latency", "--own", "--profile", profile_name]
+    command += ["--device", device, "--threads", str(cores), "--output", str(paths.latency_csv(profile_name))]
+    return subprocess.run(command, check=False, env=environment()).returncode == 0
 
 
 def _has_pair(accuracy: pd.DataFrame) -> bool:
@@ -138,6 +174,8 @@ def sweep(notebook: str, grid_file: Path, cores: int) -> None:
     The executed notebooks land in ``results/sweeps/<notebook>-<grid>/``; if the notebook has a parameter ``table``, the
     tables of all points are joined in a CSV file of that name, with one column ``sweep_<parameter>`` per parameter.
     """
+    from reprolib.workflow import notebooks  # here: papermill takes a second, whatever is asked for
+
     path = paths.notebook(notebook)
     if not grid_file.is_file():
         raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")

@@ -86,13 +86,13 @@ def test_unknown_methods_get_a_style_of_their_own(accuracy):
 def test_equal_data_give_equal_files(accuracy, tmp_path):
     drawing.theme()
     for name in ("a", "b"):
-        drawing.save(accuracy_figures.accuracy_vs_sparsity(accuracy), tmp_path / name)
+        drawing.save(accuracy_figures.accuracy_vs_sparsity(accuracy), tmp_path, name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_tables_are_written_as_markdown_and_latex(accuracy, tmp_path):
-    drawing.save_table(accuracy_figures.accuracy_table(accuracy), tmp_path / "accuracy")
+    drawing.save_table(accuracy_figures.accuracy_table(accuracy), tmp_path, "accuracy")
     assert "| CIFAR-10, dense" in (tmp_path / "accuracy.md").read_text()
     latex = (tmp_path / "accuracy.tex").read_text()
     assert r"Balanced(16) \& Block(32, 32) & " in latex and r"$\pm$" in latex and r"90 \%" in latex

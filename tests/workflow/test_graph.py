@@ -12,6 +12,7 @@ import pytest
 from reprolib import experiments
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
+from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import seconds
 from reprolib.workflow import graph
 
@@ -132,7 +133,8 @@ from snakemake.cli import main
 
 for folder in map(Path, sys.argv[2:]):
     (folder / "graph.json").write_text(json.dumps({"profile": folder.name}))
-    arguments = ["all", "--dry-run", "--snakefile", sys.argv[1], "--directory", str(folder)]
+    arguments = ["all", "--summary", "--snakefile", sys.argv[1], "--directory", str(folder)]
+    print("in", folder.name)
     try:
         main([*arguments, "--configfile", str(folder / "graph.json")])
     except SystemExit as end:
@@ -141,17 +143,26 @@ for folder in map(Path, sys.argv[2:]):
 """
 
 
-def test_graph_of_every_profile_can_be_planned(tmp_path):
+def test_graph_of_every_profile_can_be_planned_and_makes_nothing_that_git_tracks(tmp_path):
+    """Snakemake deletes what a job makes before it runs: all of it must be what .gitignore names."""
     folders = [tmp_path / "results" / profile for profile in profiles.names()]
     for folder in folders:
         folder.mkdir(parents=True)
-        for table in ("accuracy.csv", "ablations.csv"):
+        for table in ("accuracy.csv", "ablations.csv", "latency.csv"):
             (folder / table).write_text("")
     command = [sys.executable, "-c", PLANNING, paths.ROOT / "Snakefile", *folders]
     environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
     planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert planned.returncode == 0, planned.stdout + planned.stderr
-    assert planned.stdout.count("accuracy_figure") >= len(profiles.names())
+    made, profile = [], ""
+    for line in planned.stdout.splitlines():
+        profile = line.removeprefix("in ") if line.startswith("in ") else profile
+        if "\t" in line and not line.startswith("output_file"):
+            made.append(os.path.normpath(f"results/{profile}/{line.split()[0]}"))
+    assert {f"results/{name}/drawn/07" for name in profiles.names()} <= set(made)
+    check = ["git", "-C", paths.ROOT, "check-ignore", "--no-index", "--stdin"]
+    ignored = subprocess.run(check, input="\n".join(made), capture_output=True, text=True, check=False).stdout
+    assert ignored.splitlines() == made
 
 
 @pytest.fixture
@@ -186,6 +197,23 @@ def test_nothing_drawn_is_not_called_redrawn(tables, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match=r"error: nothing was drawn into .*, see .*snakemake\.log"):
         graph.figures(tables, 1)
     assert "redrawn" not in capsys.readouterr().out
+
+
+def test_what_finished_notebooks_drew_moves_to_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    for number, name in [("07", "claims.csv"), ("07", "claims.svg"), ("07", "same.svg"), ("05", "latency.svg")]:
+        write_atomically(paths.drawn("p") / number / name, "new")
+    for name in ("claims.svg", "latency.svg"):
+        write_atomically(paths.figures("p") / name, "old")
+    write_atomically(paths.figures("p") / "same.svg", "new")
+    (paths.drawn("p") / "07" / ".snakemake_timestamp").touch()
+    write_atomically(paths.executed("p") / "07.ipynb", "")  # and none of 05: it was stopped
+    before = (paths.figures("p") / "same.svg").stat().st_ino
+    claims, svg, same = paths.claims_csv("p"), paths.figures("p") / "claims.svg", paths.figures("p") / "same.svg"
+    assert graph.publish("p") == [claims, svg, same]
+    assert [path.read_text() for path in (claims, svg)] == ["new", "new"]
+    assert same.stat().st_ino == before, "what does not change is left alone"
+    assert (paths.figures("p") / "latency.svg").read_text() == "old"
 
 
 @pytest.mark.parametrize("profile", ["2024", "1e3", "true", "a=b"])
