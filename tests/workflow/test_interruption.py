@@ -16,7 +16,7 @@ import pytest
 import snakemake.cli
 
 from reprolib.files import paths
-from reprolib.workflow import graph
+from reprolib.workflow import graph, runner
 
 PROFILE = "laptop-cifar100"
 DRAWN = ["claims.svg", "claims.md", "claims.csv"]  # by notebook 07
@@ -118,7 +118,7 @@ def drawing(home):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with home.log.open("w") as log:
             onto(log)
-            graph.subprocess = SimpleNamespace(
+            runner.subprocess = SimpleNamespace(
                 Popen=snakemake_fork, run=lambda *command, **kind: snakemake_fork(*command, **kind).wait()
             )
             sys.argv = ["graph", "--cores", "2", "figures", "--profile", PROFILE]
