@@ -23,7 +23,7 @@ def test_table_of_claims_holds_the_committed_verdicts(profile, without_data):
     has_data = table["verdict"] != "no data"
     assert (~has_data).sum() == without_data  # the README tells of these in prose
     for claim, row in table[has_data].iterrows():
-        numbers = row["difference, 95 % interval"].split(" points")[0]
+        numbers = row["difference, 95 % interval"].removesuffix(" points")
         line = f"| {claim} | {row['data']} | {row['comparison']} | {numbers} | **{row['verdict']}** | "
         assert line in README, line
 
