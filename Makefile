@@ -13,7 +13,7 @@ GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES)
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint strip reproduce figures sweep bench bench-train lab lock clean
+.PHONY: help env data test lint strip reproduce figures trace sweep bench bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, ev
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
 	@$(GRAPH) figures --profile "$(or $(PROFILE),quick)"
+
+trace: env ## show what a number rests on: CLAIM=1 or CELL=hybrid@95, of PROFILE (laptop)
+	@$(BIN)/python -m reprolib.paper.trace --profile "$(or $(PROFILE),laptop)" $(if $(CELL),--cell "$(CELL)",--claim "$(CLAIM)")
 
 sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"

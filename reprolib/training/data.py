@@ -173,7 +173,7 @@ def _download(source, root: Path) -> None:
     """Unpack the archive, downloaded unless it lies there, beside its place: the data are there whole or not at all."""
     from torchvision.datasets import utils
 
-    print(f"{source.base_folder} is not in {root} yet: getting it", file=sys.stderr)
+    print(f"{source.base_folder} is not in {root} yet: getting it")
     patience_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECTION_S)
     try:

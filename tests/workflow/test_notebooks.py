@@ -50,6 +50,7 @@ def test_runs_on_its_defaults_and_writes_nothing(notebook, home, tmp_path):
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"], "it would look like an error"
     assert "Traceback" not in (tmp_path / "out.ipynb").read_text(), "not even inside a widget"
     assert written(home) == before
 
