@@ -11,8 +11,10 @@ CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONSTARTUP -u PYTHONOPTIMIZE
 BIN := $(CLEAN) $(VENV)/bin
 GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES))
 
+STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
+
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint reproduce figures sweep bench bench-peers bench-train lab lock clean
+.PHONY: help env data test lint strip reproduce figures trace sweep bench bench-peers bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,13 +33,19 @@ test: env lint ## run all tests, every notebook included
 
 lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(STRIP) --verify notebooks/*.ipynb || { echo "error: these notebooks hold outputs: make strip removes them"; exit 1; }
+
+strip: env ## remove outputs from notebooks, before a commit
+	@$(STRIP) notebooks/*.ipynb
 
 reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening or paper (default: what fits); BUDGET=20m stops in time
 	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget $(BUDGET))
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
 	@$(GRAPH) figures --profile "$(or $(PROFILE),quick)"
+
+trace: env ## show what a number rests on: CLAIM=1 or CELL=hybrid@95, of PROFILE (laptop)
+	@$(BIN)/python -m reprolib.paper.trace --profile "$(or $(PROFILE),laptop)" $(if $(CELL),--cell "$(CELL)",--claim "$(CLAIM)")
 
 sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"

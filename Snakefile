@@ -1,6 +1,8 @@
-# The graph: which notebook makes which file out of which. `make` is its front door, reprolib/workflow/graph.py calls it,
-# in the folder of results. Paths of what it makes are relative, and those of notebooks are parameters from functions:
-# Snakemake takes braces in any other path for wildcards.
+# The graph: which notebook makes what out of which tables. `make` is its front door, reprolib/workflow/graph.py calls
+# it, in the folder of results. Snakemake deletes what a job makes before the job runs, and when it fails or is stopped.
+# So nothing that git tracks is made here: notebooks draw into drawn/, and graph.py moves what is done to its place.
+# Paths of what is made are relative, others are parameters from functions: Snakemake takes braces in any other path for
+# wildcards.
 import hashlib
 import json
 import os
@@ -47,31 +49,31 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
 
 else:  # make reproduce, make figures: one profile
     profile = profiles.load(config["profile"])
-    FIGURES = os.path.relpath(paths.figures(profile.name), paths.results(profile.name))
-    EXECUTED, DEVICE = "notebooks", "cuda" if torch.cuda.is_available() else "cpu"
-    # Written from the records of the trained networks before the graph runs.
+    RESULTS = paths.results(profile.name)
+    EXECUTED, DRAWN = paths.executed(profile.name).name, paths.drawn(profile.name).name
+    # Written before the graph runs: tables of the trained networks and of latencies.
     ACCURACY = paths.accuracy_csv(profile.name).name
     ABLATIONS = [paths.ablations_csv(profile.name).name] if profile.ablations else []
-    LATENCY, CLAIMS = paths.latency_csv(profile.name).name, paths.claims_csv(profile.name).name
+    LATENCY = paths.latency_csv(profile.name).name
+    PEERS = [path.name for path in [paths.short_latency_csv(profile.name)] if path.exists()]
 
-    def drawn(*names):
-        return [f"{FIGURES}/{name}.{suffix}" for name in names for suffix in ("svg", "png")]
+    def draws(number):
+        """The outputs of a rule that draws: the executed notebook, and the folder of its figures and tables."""
+        return {"notebook": f"{EXECUTED}/{number}.ipynb", "drawn": directory(f"{DRAWN}/{number}")}
 
-    def tabled(*names):
-        return [f"{FIGURES}/{name}.{suffix}" for name in names for suffix in ("md", "tex")]
+    def drawing(number, **parameters):
+        """The parameters of a rule that draws. A notebook runs in the checkout: its folder is seen from there."""
+        folder = os.path.relpath(RESULTS / DRAWN / number, paths.ROOT)
+        text = json.dumps(parameters | {"folder": folder})
+        return notebook(number) | {"json": lambda wildcards: text}
 
-    parameters = json.dumps({"profile": profile.name})
     one = {"profile": profile.name, "dataset": profile.datasets[0], "seed": profile.seeds[0]}
 
     rule all:
         input:
             f"{EXECUTED}/01.ipynb",
             f"{EXECUTED}/02.ipynb",
-            CLAIMS,
-            drawn("mask_anatomy", "accuracy_vs_sparsity", "claims"),
-            drawn("bank_block", "variations", "retraining_budget") if ABLATIONS else [],
-            drawn("latency_vs_sparsity", "accuracy_vs_latency"),
-            tabled("accuracy", "latency", "claims"),
+            [f"{DRAWN}/{number}" for number in ("00", "03", *(["04"] if ABLATIONS else []), "05", "06", "07")],
 
     # --- How one network was trained and pruned -----------------------------------------------------------------------
 
@@ -103,92 +105,66 @@ else:  # make reproduce, make figures: one profile
         shell:
             RUN
 
-    # --- Latencies ----------------------------------------------------------------------------------------------------
+    # --- Figures and tables: these rules train nothing ----------------------------------------------------------------
 
-    rule latency_csv:
+    rule anatomy:  # mask_anatomy
         output:
-            LATENCY,
-        threads: workflow.cores  # nothing else runs while latencies are measured
-        resources:
-            gpu=1,
-        shell:
-            "{PYTHON:q} -m reprolib.bench latency --own --profile {profile.name:q} --device {DEVICE} --output {output:q}"
-
-    # --- Figures: these rules train nothing ---------------------------------------------------------------------------
-
-    rule anatomy:
-        output:
-            drawn("mask_anatomy"),
-            notebook=f"{EXECUTED}/00.ipynb",
+            **draws("00"),
         params:
-            **notebook("00"),
-            json=parameters,
+            **drawing("00"),
         shell:
             RUN
 
-    rule accuracy_figure:
+    rule accuracy_figure:  # accuracy_vs_sparsity, accuracy
         input:
             ACCURACY,
         output:
-            drawn("accuracy_vs_sparsity"),
-            tabled("accuracy"),
-            notebook=f"{EXECUTED}/03.ipynb",
+            **draws("03"),
         params:
-            **notebook("03"),
-            json=parameters,
+            **drawing("03", profile=profile.name),
         shell:
             RUN
 
-    rule ablation_figures:
+    rule ablation_figures:  # bank_block, variations, retraining_budget
         input:
             ACCURACY,
             ABLATIONS,
         output:
-            drawn("bank_block", "variations", "retraining_budget"),
-            notebook=f"{EXECUTED}/04.ipynb",
+            **draws("04"),
         params:
-            **notebook("04"),
-            json=parameters,
+            **drawing("04", profile=profile.name),
         shell:
             RUN
 
-    rule kernel_figures:
+    rule kernel_figures:  # latency_vs_sparsity, latency; where single layers were timed, roofline
         input:
             LATENCY,
         output:
-            drawn("latency_vs_sparsity"),  # and, where single layers were timed, roofline
-            tabled("latency"),
-            notebook=f"{EXECUTED}/05.ipynb",
+            **draws("05"),
         params:
-            **notebook("05"),
-            json=parameters,
+            **drawing("05", profile=profile.name),
         shell:
             RUN
 
-    rule latency_figure:
+    rule latency_figure:  # accuracy_vs_latency; where make bench-peers was run, peers
         input:
             ACCURACY,
             LATENCY,
+            PEERS,
         output:
-            drawn("accuracy_vs_latency"),  # and, where make bench-peers was run, figure and table peers
-            notebook=f"{EXECUTED}/06.ipynb",
+            **draws("06"),
         params:
-            **notebook("06"),
-            json=parameters,
+            **drawing("06", profile=profile.name),
         shell:
             RUN
 
-    rule claims:
+    rule claims:  # claims, claims.csv
         input:
             ACCURACY,
             LATENCY if config.get("latency", True) else [],  # claim 4 says what is missing
         output:
-            drawn("claims"),
-            tabled("claims"),
-            CLAIMS,
-            notebook=f"{EXECUTED}/07.ipynb",
+            **draws("07"),
         params:
-            **notebook("07"),
-            json=parameters,
+            **drawing("07", profile=profile.name),
         shell:
             RUN

@@ -61,6 +61,16 @@ def figures(profile: str) -> Path:
     return home() / "figures" / profile
 
 
+def executed(profile: str) -> Path:
+    """Folder of the notebooks that the graph has run."""
+    return results(profile) / "notebooks"
+
+
+def drawn(profile: str) -> Path:
+    """Folder that these notebooks draw into, each into one named by its number; what is done moves to its place."""
+    return results(profile) / "drawn"
+
+
 def notebooks() -> list[Path]:
     """The notebooks of the project: not the copies that JupyterLab's "Duplicate" leaves beside them."""
     return sorted(path for path in NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"\d\d_\w+", path.stem))

@@ -215,8 +215,7 @@ def _sparsity_text(rows: pd.DataFrame) -> str:
 def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
     """Paired differences in one unit with 95 % intervals; the rows that decide are coloured by their verdict."""
     rows = claims[(claims["unit"] == unit) & claims["difference"].notna()].iloc[::-1]
-    wide = 8 if unit == "points" else 10.5
-    figure, axis = plt.subplots(figsize=(wide, 0.36 * max(len(rows), 2) + 1.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 0.4 * max(len(rows), 2) + 1.7), layout="constrained")
     axis.axvline(0, color="#333333", linewidth=1)
     labels = []
     for place, row in enumerate(rows.itertuples()):
@@ -225,14 +224,14 @@ def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
         if not np.isnan(row.low):
             axis.plot([row.low, row.high], [place, place], color=color, linewidth=3 if decides else 1.5)
         axis.plot(row.difference, place, "o", color=color, markersize=8 if decides else 5, markeredgecolor="white")
-        name = f"claim {row.claim}, {DATASETS.get(row.dataset, row.dataset)}: {row.comparison}"
+        name = f"claim {row.claim}, {DATASETS.get(row.dataset, row.dataset)}:\n{row.comparison}"
         labels.append(name if decides else row.comparison.split(" at ")[-1])
     axis.set_yticks(range(len(rows)), labels)
     for label, row in zip(axis.get_yticklabels(), rows.itertuples(), strict=True):
         label.set_fontweight("bold" if row.verdict in VERDICT_COLORS else "normal")
     shown = [v for v in VERDICT_COLORS if v in set(rows["verdict"])]
     handles = [plt.Line2D([], [], color=VERDICT_COLORS[v], marker="o", linewidth=3, label=v) for v in shown]
-    axis.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend(handles=handles, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=max(len(shown), 1))
     what = (
         "hybrid minus rival" if unit == "points" else "bold: distance inside the interval, others: hybrid minus rival"
     )

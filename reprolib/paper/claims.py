@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,56 @@ _DENSE = "accuracy_dense_pct"  # tells dense networks of one seed, trained on di
 _ACCURACY_RIVALS = {1: "block", 2: "balanced", 5: "block-group-lasso"}
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """One comparison and all that it rests on.
+
+    `differences` are paired, one per seed; `rows` are those of ``accuracy.csv`` (claim 4: ``latency.csv``) that they
+    come from; `dataset` is the device for claim 4. A comparison that does not decide shows a part, for orientation.
+    """
+
+    claim: int
+    dataset: str
+    comparison: str
+    differences: pd.Series
+    unit: str
+    remark: str
+    rows: pd.DataFrame
+    decides: bool = True
+
+    @property
+    def verdict(self) -> str:
+        if not self.decides:
+            return ORIENTATION
+        if self.differences.empty:
+            return "no data"
+        return "undecided" if len(self.differences) == 1 else verdict(*interval(self.differences)[1:])
+
+    @property
+    def commits(self) -> list[str]:
+        return sorted(self.rows["commit"].unique()) if len(self.rows) else []
+
+    def as_row(self) -> dict:
+        mean, low, high = interval(self.differences)
+        alone = "one seed gives no interval" if len(self.differences) == 1 else ""
+        return {
+            "claim": self.claim,
+            "dataset": self.dataset,
+            "comparison": self.comparison,
+            "seeds": len(self.differences),
+            "difference": mean,
+            "low": low,
+            "high": high,
+            "unit": self.unit,
+            "verdict": self.verdict,
+            "remark": "; ".join(filter(None, [self.remark, alone])),
+            "commits": ", ".join(self.commits),
+        }
+
+
+NOTHING = {"differences": pd.Series(dtype=float), "rows": pd.DataFrame()}  # of a comparison without data
+
+
 def interval(differences: pd.Series | np.ndarray) -> tuple[float, float, float]:
     """Mean of paired differences and the bounds of its 95 % confidence interval (Student's t).
 
@@ -49,15 +100,22 @@ def verdict(low: float, high: float) -> str:
     return "contradicted" if high < 0 else "undecided"
 
 
-def paired_differences(accuracy: pd.DataFrame, rival: str) -> pd.DataFrame:
-    """Accuracy of hybrid minus that of `rival` in points, index (target_sparsity), columns seeds, of one data set.
+def pairs(accuracy: pd.DataFrame, rival: str) -> pd.DataFrame:
+    """The rows of hybrid and `rival`, of one data set, that have the other one at the same sparsity and seed.
 
     A pair starts from one dense network: rows of another machine, whose dense network has another accuracy, are none.
     """
-    grid = accuracy.pivot_table(index=["target_sparsity", "seed", _DENSE], columns="pattern", values="accuracy_pct")
-    if not {"hybrid", rival} <= set(grid.columns):
+    rows = accuracy[accuracy["pattern"].isin(["hybrid", rival])].dropna(subset="accuracy_pct")
+    return rows[rows.groupby(["seed", "target_sparsity", _DENSE])["pattern"].transform("nunique") == 2]
+
+
+def paired_differences(accuracy: pd.DataFrame, rival: str) -> pd.DataFrame:
+    """Accuracy of hybrid minus that of `rival` in points, index (target_sparsity), columns seeds, of one data set."""
+    rows = pairs(accuracy, rival)
+    if rows.empty:
         return pd.DataFrame()
-    return (grid["hybrid"] - grid[rival]).dropna().droplevel(_DENSE).unstack("seed")
+    grid = rows.pivot_table(index=["target_sparsity", "seed", _DENSE], columns="pattern", values="accuracy_pct")
+    return (grid["hybrid"] - grid[rival]).droplevel(_DENSE).unstack("seed")
 
 
 def reached_sparsity(accuracy: pd.DataFrame, drop: float) -> float:
@@ -83,8 +141,14 @@ def decide(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> pd.Da
     """One row per claim, data set and comparison, from ``accuracy.csv`` and ``latency.csv`` of ``results/<profile>/``.
 
     Columns: claim, dataset (claim 4: the device), comparison, seeds, difference, low, high (mean and 95 % interval of
-    the paired differences), unit, verdict, remark (what the row rests on or what is missing).
+    the paired differences), unit, verdict, remark (how the number came about or what is missing), commits (of the code,
+    where the rows behind it were computed).
     """
+    return pd.DataFrame([decision.as_row() for decision in decisions(accuracy, latency)])
+
+
+def decisions(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> list[Decision]:
+    """What `decide` tabulates, with the rows behind each number; by claim, then by data set."""
     key = ["dataset", "pattern", "target_sparsity", "seed"]
     twice = accuracy[accuracy.duplicated(key, keep=False) & (accuracy["pattern"] != "dense")]
     if len(twice):
@@ -93,19 +157,22 @@ def decide(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> pd.Da
             f"claims compare one network of {twice['pattern'].iloc[0]} for each sparsity and seed, and there are "
             f"several ({found}): leave one in the profile's methods, move the others to its ablations"
         )
-    rows = []
+    found = []
     for dataset, group in accuracy.groupby("dataset", sort=False):
         for claim, rival in _ACCURACY_RIVALS.items():
-            rows += _accuracy_rows(claim, dataset, group, rival)
+            found += _on_accuracy(claim, dataset, group, rival)
         for rival in ("block", "balanced"):
-            rows += [_reach_row(dataset, group, rival, drop) for drop in DROPS]
-    rows += _speed_rows(latency, accuracy["width"].iloc[0])
-    return pd.DataFrame(rows).sort_values(["claim", "dataset"], kind="stable", ignore_index=True)
+            found += [_on_reach(dataset, group, rival, drop) for drop in DROPS]
+    found += _on_speed(latency, accuracy["width"].iloc[0])
+    return sorted(found, key=lambda decision: (decision.claim, decision.dataset))
 
 
-def seeds_needed(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """For each undecided claim on accuracy: how many seeds would move its interval off zero at today's mean and SD."""
-    decided = decide(accuracy)
+def seeds_needed(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> pd.DataFrame:
+    """For each undecided claim: how many seeds would move its interval off zero at today's mean and SD.
+
+    Seeds of claim 4 are timed networks, those of the others trained ones.
+    """
+    decided = decide(accuracy, latency)
     rows = decided[(decided["verdict"] == "undecided") & (decided["seeds"] >= 2)]
     needed = []
     for row in rows.itertuples():
@@ -121,113 +188,110 @@ def seeds_needed(accuracy: pd.DataFrame) -> pd.DataFrame:
     return columns.assign(seeds_needed=needed)
 
 
-def _accuracy_rows(claim: int, dataset: str, group: pd.DataFrame, rival: str) -> list[dict]:
-    differences = paired_differences(group, rival)
+def _on_accuracy(claim: int, dataset: str, group: pd.DataFrame, rival: str) -> list[Decision]:
+    differences, rows = paired_differences(group, rival), pairs(group, rival)
     decisive = differences[differences.index >= DECIDED_FROM] if len(differences) else differences
     name = f"hybrid − {rival}"
     if decisive.empty:
         remark = f"no pair of hybrid and {rival} at {100 * DECIDED_FROM:.0f} % sparsity or more"
-        return [_row(claim, dataset, name, [], "points", remark)]
+        return [Decision(claim, dataset, name, unit="points", remark=remark, **NOTHING)]
     complete = decisive.dropna(axis=1)  # only seeds that have every sparsity count in the mean over sparsities
     tested = ", ".join(f"{100 * s:g}" for s in decisive.index)
     what = f"mean over {tested} % sparsity" if len(decisive) > 1 else f"at {tested} % sparsity"
-    rows = [_row(claim, dataset, name, complete.mean(axis=0), "points", what)]
-    if len(differences) == 1:  # the row above says it all
-        return rows
+    behind = rows[(rows["target_sparsity"] >= DECIDED_FROM) & rows["seed"].isin(complete.columns)]
+    found = [Decision(claim, dataset, name, complete.mean(axis=0), "points", what, behind)]
+    if len(differences) == 1:  # the one above says it all
+        return found
     for sparsity, values in differences.iterrows():
-        row = _row(claim, dataset, f"{name} at {100 * sparsity:g} %", values.dropna(), "points", "")
-        rows.append(row | {"verdict": ORIENTATION})
-    return rows
+        part, behind = f"{name} at {100 * sparsity:g} %", rows[rows["target_sparsity"] == sparsity]
+        found.append(Decision(claim, dataset, part, values.dropna(), "points", "", behind, decides=False))
+    return found
 
 
-def _reach_row(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> dict:
+def _on_reach(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> Decision:
     name, unit = f"hybrid − {rival}, drop of {drop:g}", "points of sparsity"
-    pairs = _complete_pairs(group, rival)
-    if pairs.empty:
-        return _row(3, dataset, name, [], unit, f"no pair of hybrid and {rival}")
-    networks = dict(list(pairs.groupby(["pattern", "seed"])))
-    reached = {network: reached_sparsity(rows, drop) for network, rows in networks.items()}
-    seeds = sorted(pairs["seed"].unique())
-    lowest, highest = pairs["target_sparsity"].min(), pairs["target_sparsity"].max()
+    rows = _complete_pairs(group, rival)
+    if rows.empty:
+        return Decision(3, dataset, name, unit=unit, remark=f"no pair of hybrid and {rival}", **NOTHING)
+    networks = dict(list(rows.groupby(["pattern", "seed"])))
+    reached = {network: reached_sparsity(its, drop) for network, its in networks.items()}
+    seeds = sorted(rows["seed"].unique())
+    lowest, highest = rows["target_sparsity"].min(), rows["target_sparsity"].max()
     short = {key: math.isnan(value) for key, value in reached.items()}
     beyond = {key: value == networks[key]["sparsity"].max() for key, value in reached.items()}
-    for censored, where in (
-        (short, f"drop by more already at {100 * lowest:g} %, the lowest tested"),
-        (beyond, f"drop by less even at {100 * highest:g} %, the highest tested"),
-    ):
+    ends = (
+        (short, lowest, f"by more already at {100 * lowest:g} %, the lowest tested"),
+        (beyond, highest, f"by less even at {100 * highest:g} %, the highest tested"),
+    )
+    for censored, _, where in ends:
         if any(censored["hybrid", seed] and censored[rival, seed] for seed in seeds):
-            return _row(3, dataset, name, [], unit, f"hybrid and {rival} {where}")
+            return Decision(3, dataset, name, unit=unit, remark=f"hybrid and {rival} drop {where}", **NOTHING)
     # Whoever falls short counts with the lowest tested sparsity, and whoever does not end with the highest: this draws
     # differences towards zero, so that a verdict on them stands all the more.
     counted = {key: lowest if short[key] else value for key, value in reached.items()}
-    gains = [100 * (counted["hybrid", seed] - counted[rival, seed]) for seed in seeds]
-    censored = {f"below {100 * lowest:g} %": sum(short.values()), f"beyond {100 * highest:g} %": sum(beyond.values())}
-    notes = [f"{count} of {len(reached)} networks {where}, counted there" for where, count in censored.items() if count]
-    return _row(3, dataset, name, gains, unit, "; ".join(notes) or "interpolated")
+    gains = {seed: 100 * (counted["hybrid", seed] - counted[rival, seed]) for seed in seeds}
+    notes = ["points of sparsity, not of accuracy"]
+    for (censored, end, where), method in itertools.product(ends, ("hybrid", rival)):
+        if of := [str(seed) for seed in seeds if censored[method, seed]]:
+            seed = f"seed{'s' * (len(of) > 1)} {', '.join(of)}"
+            notes.append(f"{method} with {seed} drops {where}: counted with {100 * end:g} %")
+    return Decision(3, dataset, name, pd.Series(gains), unit, "; ".join(notes), rows)
 
 
 def _complete_pairs(group: pd.DataFrame, rival: str) -> pd.DataFrame:
-    """Rows of hybrid and `rival` at sparsities that a seed has of both, of the seeds that have all such sparsities."""
-    pairs = group[group["pattern"].isin(["hybrid", rival])]
-    pairs = pairs[pairs.groupby(["seed", "target_sparsity", _DENSE])["pattern"].transform("nunique") == 2]
-    tested = pairs.groupby("seed")["target_sparsity"].transform("nunique")
-    return pairs[tested == pairs["target_sparsity"].nunique()]
+    """`pairs` of the seeds that have all sparsities that any seed has a pair of."""
+    rows = pairs(group, rival)
+    tested = rows.groupby("seed")["target_sparsity"].transform("nunique")
+    return rows[tested == rows["target_sparsity"].nunique()]
 
 
-def _speed_rows(latency: pd.DataFrame | None, width: float) -> list[dict]:
-    """Claim 4, for each device that networks of this width were timed on, with our kernels."""
+def _on_speed(latency: pd.DataFrame | None, width: float) -> list[Decision]:
+    """Claim 4, for each device that networks of this width were timed on with our kernels."""
+    nothing = {"claim": 4, "dataset": "cpu", "comparison": _between(width), "unit": LATENCY_UNIT} | NOTHING
     if latency is None:
-        return [_row(4, "cpu", BETWEEN, [], LATENCY_UNIT, "no latency.csv: make bench measures it")]
+        return [Decision(remark="no latency.csv: make bench measures it", **nothing)]
     decisive = (latency["scope"] == "network") & (latency["width"] == width) & (latency["implementation"] == SPARSE)
     decisive &= latency["target_sparsity"] >= DECIDED_FROM
-    rows = [_device_speed_rows(device, group) for device, group in latency[decisive].groupby("device")]
+    groups = latency[decisive].groupby("device")
     remark = f"no latencies of all three patterns at {100 * DECIDED_FROM:.0f} % or more and width {width:g}: make bench"
-    return list(itertools.chain(*rows)) or [_row(4, "cpu", BETWEEN, [], LATENCY_UNIT, remark)]
+    found = [decision for device, group in groups for decision in _on_device_speed(device, group, width)]
+    return found or [Decision(remark=remark, **nothing)]
 
 
-def _device_speed_rows(device: str, latency: pd.DataFrame) -> list[dict]:
+def _between(width: float) -> str:
+    return f"{BETWEEN}, VGG-16 ×{width:g}"
+
+
+def _on_device_speed(device: str, latency: pd.DataFrame, width: float) -> list[Decision]:
     """How far inside the interval between block and balanced hybrid lies, on a logarithmic scale; negative outside.
 
     That is its distance to the nearer end, whichever of the two is the faster one. Nothing without all three patterns.
     """
-    logs = latency.assign(log=100 * np.log(latency["latency_us"]))
-    logs = logs.pivot_table(index=["batch", "target_sparsity", "seed"], columns="pattern", values="log")
-    if not {"hybrid", "block", "balanced"} <= set(logs.columns):
+    three, key = ["hybrid", "block", "balanced"], ["batch", "target_sparsity", "seed"]
+    rows = latency[latency["pattern"].isin(three)]
+    rows = rows[rows.groupby(key)["pattern"].transform("nunique") == len(three)]
+    if rows.empty:
         return []
-    logs = logs[["hybrid", "block", "balanced"]].dropna()
+    logs = rows.assign(log=100 * np.log(rows["latency_us"])).pivot_table(index=key, columns="pattern", values="log")
     gaps = {rival: logs["hybrid"] - logs[rival] for rival in ("block", "balanced")}
     block, balanced = (gap.groupby("seed").mean() for gap in gaps.values())
     inside = np.maximum(np.minimum(block, -balanced), np.minimum(-block, balanced))
     batches = ", ".join(str(batch) for batch in logs.index.unique("batch"))
     tested = ", ".join(f"{100 * sparsity:g}" for sparsity in logs.index.unique("target_sparsity"))
-    rows = [_row(4, device, BETWEEN, inside, LATENCY_UNIT, f"mean over {tested} % sparsity and batches of {batches}")]
+    remark = f"mean over {tested} % sparsity and batches of {batches}"
+    found = [Decision(4, device, _between(width), inside, LATENCY_UNIT, remark, rows)]
     for rival, gap in gaps.items():
-        parts = {f"hybrid − {rival}": gap.groupby("seed").mean()}
+        two = rows[rows["pattern"].isin(["hybrid", rival])]
+        parts = {f"hybrid − {rival}": (gap, two)}
         for batch, values in gap.groupby("batch"):
-            parts[f"hybrid − {rival} at batch {batch}"] = values.groupby("seed").mean()
-        for name, values in parts.items():
-            row = _row(4, device, name, values, LATENCY_UNIT, "positive: hybrid is slower")
-            rows.append(row | {"verdict": ORIENTATION})
-    return rows
+            parts[f"hybrid − {rival} at batch {batch}"] = values, two[two["batch"] == batch]
+        for name, (values, behind) in parts.items():
+            slower = values.groupby("seed").mean()
+            found.append(Decision(4, device, name, slower, LATENCY_UNIT, _in_words(slower), behind, decides=False))
+    return found
 
 
-def _row(claim: int, dataset: str, comparison: str, differences, unit: str, remark: str) -> dict:
-    mean, low, high = interval(differences)
-    if len(differences) == 0:
-        decision = "no data"
-    elif len(differences) == 1:
-        decision, remark = "undecided", f"{remark}; one seed gives no interval"
-    else:
-        decision = verdict(low, high)
-    return {
-        "claim": claim,
-        "dataset": dataset,
-        "comparison": comparison,
-        "seeds": len(differences),
-        "difference": mean,
-        "low": low,
-        "high": high,
-        "unit": unit,
-        "verdict": decision,
-        "remark": remark,
-    }
+def _in_words(slower: pd.Series) -> str:
+    """What a difference in latency, hybrid minus rival, means; only the interval may say that there is one."""
+    _, low, high = interval(slower)
+    return {"supported": "hybrid is slower", "contradicted": "hybrid is faster"}.get(verdict(low, high), "not decided")

@@ -36,12 +36,17 @@ def theme() -> None:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "svg.hashsalt": "reprolib", "svg.fonttype": "none"})
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write ``stem.svg`` and ``stem.png``, each atomically and without a date: equal data give equal files."""
+def save(figure: Figure, folder: str | Path, name: str) -> None:
+    """Write ``name.svg`` and ``name.png`` into a folder, without a date: equal data give equal files.
+
+    Without a folder, an empty text, nothing is written: a notebook that is opened by hand only shows.
+    """
+    if not folder:
+        return
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    write_atomically(stem.with_suffix(".svg"), buffer.getvalue())
-    write_atomically(stem.with_suffix(".png"), png(figure))
+    write_atomically(Path(folder) / f"{name}.svg", buffer.getvalue())
+    write_atomically(Path(folder) / f"{name}.png", png(figure))
 
 
 def png(figure: Figure) -> bytes:
@@ -51,11 +56,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def save_table(table: pd.DataFrame, stem: Path) -> None:
-    """Write a table of texts as ``stem.md`` and ``stem.tex``."""
-    write_atomically(stem.with_suffix(".md"), table.to_markdown() + "\n")
+def save_table(table: pd.DataFrame, folder: str | Path, name: str) -> None:
+    """Write a table of texts as ``name.md`` and ``name.tex`` into a folder; without one, write nothing."""
+    if not folder:
+        return
+    write_atomically(Path(folder) / f"{name}.md", table.to_markdown() + "\n")
     escaped = table.rename(columns=_tex, index=_tex).map(_tex)
-    write_atomically(stem.with_suffix(".tex"), escaped.style.to_latex(hrules=True))
+    write_atomically(Path(folder) / f"{name}.tex", escaped.style.to_latex(hrules=True))
 
 
 def _tex(value: object) -> str:

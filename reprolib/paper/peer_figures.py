@@ -49,6 +49,15 @@ def peer_rows(latency: pd.DataFrame, sparsity: float = 0.9) -> pd.DataFrame:
     )
 
 
+def measured(profile: str) -> pd.DataFrame:
+    """`peer_rows` of the profile's ``latency.csv``; where it holds no peers, of its short table; empty without both."""
+    for path in (paths.latency_csv(profile), paths.short_latency_csv(profile)):
+        rows = peer_rows(records.read_csv(path)) if path.exists() else pd.DataFrame()
+        if len(rows):
+            return rows
+    return pd.DataFrame()
+
+
 def peer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Texts of `peer_rows`: a row per engine or pattern and engine, a column per batch; a peer's ratio is over ours."""
     texts = rows["latency_us"].map(duration)

@@ -56,7 +56,12 @@ class _Forgiving:
 
 @cache
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    _note(message)
+
+
+def _note(message: str) -> None:
+    """On a terminal to stderr, as what is no result. In a notebook that would look like an error: there to stdout."""
+    print(message, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr)
 
 
 class _Note(event.Listener):
@@ -66,7 +71,7 @@ class _Note(event.Listener):
 
     def on_start(self, _event):
         if not self.told:
-            print("compiling a CPU kernel: some seconds, once on this machine", file=sys.stderr)
+            _note("compiling a CPU kernel: some seconds, once on this machine")
         self.told = True
 
     def on_end(self, _event):

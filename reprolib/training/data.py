@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +18,7 @@ from torch import Tensor
 from reprolib.files import paths
 
 NAMES = ("digits", "cifar10", "cifar100")
+CONNECTION_S = 15.0  # how long a silent network is waited for
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,17 @@ def _digits() -> Dataset:
     return _dataset("digits", names, images[~is_test], digits.target[~is_test], test, flip=False, pad=2)
 
 
-def _read_cifar(name: str, root: Path):
+def fetch(name: str, root: Path | None = None) -> None:
+    """Get a data set that is not there yet, while a bar shows how far it is, and look its files through.
+
+    Raises ValueError for damaged files, FileNotFoundError, with what can be done, if the data can't be had.
+    """
+    if name != "digits":
+        _fetch_cifar(name, root or paths.data())
+
+
+def _fetch_cifar(name: str, root: Path):
+    """torchvision's class for a CIFAR data set whose files are in `root`, whole and undamaged."""
     from torchvision import datasets  # here: it takes a second, in every process that imports reprolib.training
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -141,22 +154,45 @@ def _read_cifar(name: str, root: Path):
             raise ValueError(f"{name} is incomplete: {path} is missing; delete {folder} and get it again (make data)")
         if not datasets.utils.check_md5(path, md5):
             raise ValueError(f"{path} is damaged (md5 is not {md5}): delete {folder} and get it again (make data)")
+    return source
+
+
+def _read_cifar(name: str, root: Path):
+    source = _fetch_cifar(name, root)
     train, test = source(root, train=True), source(root, train=False)
     found = len(train.classes), len(train.data), len(test.data)
     expected = {"cifar10": 10, "cifar100": 100}[name], 50_000, 10_000
     if found != expected:
-        raise ValueError(f"{folder} holds (classes, training, test images) {found} where {name} has {expected}")
+        raise ValueError(
+            f"{root / source.base_folder} holds (classes, training, test images) {found} where {name} has {expected}"
+        )
     return train.data, np.array(train.targets), (test.data, np.array(test.targets)), train.classes
 
 
 def _download(source, root: Path) -> None:
+    """Unpack the archive, downloaded unless it lies there, beside its place: the data are there whole or not at all."""
+    from torchvision.datasets import utils
+
+    print(f"{source.base_folder} is not in {root} yet: getting it")
+    patience_s = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_S)
     try:
-        source(root, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as beside:
+            utils.download_and_extract_archive(
+                source.url, root, extract_root=beside, filename=source.filename, md5=source.tgz_md5
+            )
+            (Path(beside) / source.base_folder).replace(root / source.base_folder)
     except Exception as error:
         raise FileNotFoundError(
-            f"{source.base_folder} is neither in {root} nor could it be downloaded ({error}): put it there, "
-            "or set REPROLIB_DATA to the folder that holds it; PROFILE=quick needs no data"
+            f"{source.base_folder} is not in {root}, and it could not be downloaded: {error}\n"
+            "There are three ways to go on:\n"
+            f"  * get {source.url} on another machine and put it into {root}\n"
+            f"  * set REPROLIB_DATA to a folder that holds {source.filename} or {source.base_folder}\n"
+            "  * choose PROFILE=quick, which needs no data"
         ) from None
+    finally:
+        socket.setdefaulttimeout(patience_s)
 
 
 # --- Batches --------------------------------------------------------------------------------------------------------

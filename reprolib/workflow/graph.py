@@ -1,4 +1,4 @@
-"""The front of the graph: `make reproduce`, `make figures` and `make sweep`.
+"""The front of the graph: `make reproduce` and `make figures`; `make sweep` begins here, too.
 
 Networks are trained by `experiments.workers`, in the order of the profile's plan; their records become tables;
 Snakemake runs the notebooks that draw on these tables. One run at a time works on a folder, and each shows a bar.
@@ -7,37 +7,32 @@ Snakemake runs the notebooks that draw on these tables. One run at a time works 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import itertools
-import json
 import math
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO
 
 import pandas as pd
 import torch
-from pydantic import Field
 from tqdm import tqdm
 
 from reprolib import experiments
 from reprolib.experiments import Dense, Pruned, profiles, records, workers
 from reprolib.experiments.profiles import Profile
-from reprolib.files import paths, settings
+from reprolib.files import paths
 from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import seconds
 from reprolib.files.processes import environment
-from reprolib.files.settings import Some
-from reprolib.workflow import notebooks
+from reprolib.training import data
+from reprolib.workflow import runner
 
-SNAKEFILE = paths.ROOT / "Snakefile"
 FIGURES_S = 150.0  # of a budget, kept for tables and figures
 
 # The rules of the Snakefile that draw, with the tables that each needs.
@@ -54,7 +49,8 @@ DRAWING = {
 def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
     """Compute everything that is missing of a profile, what tells most first, and draw what there is.
 
-    With a budget, training stops in time, to go on when asked again, and latencies are not measured. Raises
+    The data sets that are needed come first. With a budget, training stops in time, to go on when asked again, and
+    latencies are not measured. Raises ValueError or OSError, before anything is done, where data can't be had;
     RuntimeError, behind everything else, for networks that could not be trained.
     """
     if budget_s <= FIGURES_S:
@@ -62,9 +58,12 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
     deadline = time.time() + budget_s - FIGURES_S
     print(f"{profile.name}: {profile.purpose}; {cores} cores")
     folder, runs, plan = paths.results(profile.name), paths.runs(profile.name), profile.plan()
+    missing = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
+    for dataset in dict.fromkeys((e if isinstance(e, Dense) else e.dense).dataset for e in missing):
+        data.fetch(dataset)
     with ExitStack() as stack:
-        with _bar(sum(map(experiments.epochs, plan)), _epochs_done(plan, runs), "epoch") as look:
-            lock = stack.enter_context(_only_run(folder, look))
+        with runner.bar(sum(map(experiments.epochs, plan)), _epochs_done(plan, runs), "epoch") as look:
+            lock = stack.enter_context(runner.only_run(folder, look))
             side_by_side = 1 if torch.cuda.is_available() else max(1, cores // profile.threads)
             errors = workers.train(
                 plan, runs, workers=side_by_side, threads=profile.threads, deadline=deadline, look=look
@@ -73,11 +72,15 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
         write_tables(profile)
         if missing:
             print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
+        whole = not missing and budget_s == math.inf
+        if whole and not paths.latency_csv(profile.name).exists() and not _measured(profile.name, cores):
+            errors.append("latencies could not be measured, see above: make bench tries again")
         try:
-            if missing or budget_s < math.inf:
-                draw(profile.name, cores, lock)
+            if whole and paths.latency_csv(profile.name).exists():
+                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+                publish(profile.name)
             else:
-                _snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+                draw(profile.name, cores, lock)
         except RuntimeError as failed:
             errors.append(str(failed).removeprefix("error: "))
     if errors:
@@ -89,25 +92,57 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
 def figures(profile: Profile, cores: int) -> None:
     """Redraw the figures and tables of a profile from its tables of results, without training."""
     records.read_csv(paths.accuracy_csv(profile.name))
-    started = time.time()
-    with _only_run(paths.results(profile.name), lambda: None) as lock:
-        draw(profile.name, cores, lock)
+    with runner.only_run(paths.results(profile.name), lambda: None) as lock:
+        redrawn = draw(profile.name, cores, lock)
     folder = paths.figures(profile.name)
-    redrawn = [path for path in folder.glob("*") if path.stat().st_mtime >= started]
     if not redrawn:
         raise RuntimeError(f"error: nothing was drawn into {folder}, see {paths.results(profile.name)}/snakemake.log")
     print(f"redrawn: {len(redrawn)} files in {folder}")
 
 
-def draw(profile_name: str, cores: int, lock: IO) -> None:
-    """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone."""
+def draw(profile_name: str, cores: int, lock: IO) -> list[Path]:
+    """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone.
+
+    Returns the files. Raises RuntimeError for what could not be drawn; what could be is in its place nevertheless.
+    """
     rules = [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
     accuracy = paths.accuracy_csv(profile_name)
     if accuracy.exists() and not _has_pair(records.read_csv(accuracy)):
         rules = ["anatomy"]
     targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
     config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
-    _snakemake(targets, paths.results(profile_name), cores, lock, config)
+    shutil.rmtree(paths.drawn(profile_name), ignore_errors=True)  # of another run
+    try:
+        runner.snakemake(targets, paths.results(profile_name), cores, lock, config)
+    finally:
+        redrawn = publish(profile_name)
+    return redrawn
+
+
+def publish(profile_name: str) -> list[Path]:
+    """Move what notebooks have drawn to its place, whole files, and only of notebooks that got to their end.
+
+    Tables of numbers go to the results, all else to the figures. Returns the files, the unchanged ones too.
+    """
+    published = []
+    for folder in sorted(paths.drawn(profile_name).glob("[!.]*")):
+        if not (paths.executed(profile_name) / f"{folder.name}.ipynb").exists():
+            continue  # it failed, or was stopped
+        for path in sorted(folder.glob("[!.]*")):  # not Snakemake's own notes
+            home = paths.results if path.suffix == ".csv" else paths.figures
+            place, content = home(profile_name) / path.name, path.read_bytes()
+            if not (place.exists() and place.read_bytes() == content):
+                write_atomically(place, content)
+            published.append(place)
+    return published
+
+
+def _measured(profile_name: str, cores: int) -> bool:
+    """Measure the latencies of a profile's networks, while nothing else runs; whether that went well."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [sys.executable, "-m", "reprolib.bench", "latency", "--own", "--profile", profile_name]
+    command += ["--device", device, "--threads", str(cores), "--output", str(paths.latency_csv(profile_name))]
+    return subprocess.run(command, check=False, env=environment()).returncode == 0
 
 
 def _has_pair(accuracy: pd.DataFrame) -> bool:
@@ -132,129 +167,7 @@ def write_tables(profile: Profile) -> None:
         records.update(path(profile.name), pd.DataFrame(rows), [experiment.run_id for experiment in asked])
 
 
-def sweep(notebook: str, grid_file: Path, cores: int) -> None:
-    """Run a notebook once per point of a grid (YAML: parameter → list of values), in parallel; resume by asking again.
-
-    The executed notebooks land in ``results/sweeps/<notebook>-<grid>/``; if the notebook has a parameter ``table``, the
-    tables of all points are joined in a CSV file of that name, with one column ``sweep_<parameter>`` per parameter.
-    """
-    path = paths.notebook(notebook)
-    if not grid_file.is_file():
-        raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")
-    grid = settings.read(grid_file, Annotated[dict[str, Some[Any]], Field(min_length=1)])
-    for name, values in grid.items():
-        for value in values:
-            notebooks.check_parameters(path, {name: value})
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    folder = paths.results("sweeps") / f"{path.stem[:2]}-{grid_file.stem}"
-    has_table = "table" in notebooks.known_parameters(path)
-    jobs = {}
-    for point in points:
-        name = records.fingerprint(point)
-        jobs[name] = point | ({"table": str(folder / f"{name}.csv")} if has_table else {})
-    plan = folder / "plan.json"
-    write_atomically(plan, json.dumps({"notebook": str(path), "jobs": jobs}, indent=1))
-    print(f"{path.stem}: {len(points)} points of {grid_file}; {cores} cores")
-    outputs = [folder / f"{name}.ipynb" for name in jobs]
-
-    def finished() -> float:
-        return sum(path.exists() for path in outputs)
-
-    with _bar(len(outputs), finished, "notebook") as look, _only_run(folder, look) as lock:
-        _snakemake(["sweep"], folder, cores, lock, {"plan": str(plan)}, look)
-    if has_table:
-        tables = [
-            records.read_csv(folder / f"{name}.csv").assign(**{f"sweep_{k}": str(v) for k, v in point.items()})
-            for name, point in zip(jobs, points, strict=True)
-        ]
-        records.write_csv(folder.with_suffix(".csv"), pd.concat(tables, ignore_index=True))
-        print(f"numbers: {folder.with_suffix('.csv')}")
-    print(f"notebooks: {folder}")
-
-
-# --- Snakemake ------------------------------------------------------------------------------------------------------
-
-
-def _snakemake(
-    targets: list[str],
-    folder: Path,
-    cores: int,
-    lock: IO,
-    config: dict[str, object],
-    look: Callable[[], None] = lambda: None,
-) -> None:
-    """Run Snakemake on `targets` with `folder`, whose `lock` is held, as its own; meanwhile call `look`.
-
-    Raises RuntimeError with the errors of the log.
-    """
-    for path in folder.glob("*.csv"):
-        if path.stat().st_mtime > time.time():  # from a machine with another clock: what is made of it would be deleted
-            os.utime(path)
-    log_path = folder / "snakemake.log"
-    command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE)]
-    command += ["--directory", str(folder), "--cores", str(cores)]
-    command += ["--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params", "input"]
-    if torch.cuda.is_available():
-        command += ["--resources", "gpu=1"]  # no two jobs on one GPU
-    values = folder / "graph.json"  # on a command line, Snakemake would read them as YAML
-    write_atomically(values, json.dumps(config))
-    command += ["--configfile", str(values)]
-    with log_path.open("w") as log:
-        if any((folder / ".snakemake" / "locks").glob("*")):
-            # Whoever holds our lock knows that a lock of Snakemake's own still lying there is a dead run's.
-            subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False, env=environment())
-        # The child keeps the lock open: it stays held while the graph runs, even if this process is killed.
-        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment())
-        try:
-            while child.poll() is None:
-                look()
-                time.sleep(0.5)
-            look()
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
-            child.wait()
-            raise
-    if child.returncode:
-        lines = log_path.read_text().splitlines()
-        errors = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
-        told = [number for number, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)]
-        reason = " ".join(lines[told[-1] : told[-1] + 3]) if told else "no reason given"
-        raise RuntimeError("\n".join(errors or [f"error: the graph failed: {reason}, see {log_path}"]))
-
-
-@contextmanager
-def _only_run(folder: Path, look: Callable[[], None]) -> Iterator[IO]:
-    """Hold the lock of `folder`; while another run holds it, follow that one. A dead holder's lock is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("w") as lock:
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    tqdm.write("another run of this is going on: following it, then completing what it leaves")
-                told = True
-                look()
-                time.sleep(0.5)
-        yield lock
-
-
 # --- Progress -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _bar(total: float, done: Callable[[], float], unit: str) -> Iterator[Callable[[], None]]:
-    """A progress bar; the yielded function asks `done` how far things are and shows it."""
-    interval_s = 1 if sys.stderr.isatty() else 60
-    with tqdm(total=total, initial=done(), unit=unit, mininterval=interval_s, miniters=0, unit_scale=True) as bar:
-
-        def look() -> None:
-            bar.n = done()
-            bar.update(0)
-
-        yield look
 
 
 def _epochs_done(plan: list[Dense | Pruned], runs: Path) -> Callable[[], float]:
@@ -318,7 +231,9 @@ def main() -> None:
             case "figures":
                 figures(profiles.load(arguments.profile), arguments.cores)
             case "sweep":
-                sweep(arguments.notebook, arguments.grid, arguments.cores)
+                from reprolib.workflow import sweeps  # here: papermill takes a second, whatever is asked for
+
+                sweeps.sweep(arguments.notebook, arguments.grid, arguments.cores)
     except KeyboardInterrupt:
         sys.exit("stopped; what is finished is kept: ask again to go on")
     except RuntimeError as error:

@@ -3,6 +3,7 @@ import math
 import pandas as pd
 import pytest
 
+from reprolib.bench.rivals import SPARSE
 from reprolib.paper import claims
 
 
@@ -18,6 +19,7 @@ def accuracy_frame(values: dict, dataset="cifar10", dense=90.0) -> pd.DataFrame:
             "seed": seed,
             "accuracy_dense_pct": dense,
             "accuracy_pct": accuracy,
+            "commit": f"of {pattern}",
         }
         for (pattern, target), accuracies in values.items()
         for seed, accuracy in enumerate(accuracies)
@@ -174,7 +176,7 @@ def test_claim_3_compares_sparsities_that_both_have_and_seeds_that_have_all_of_t
     partial = frame[~((frame["pattern"] == "block") & (frame["seed"] == 2) & (frame["target_sparsity"] == 0.9375))]
     row, whole = deciding(partial, 3, "block, drop of 1"), deciding(frame, 3, "block, drop of 1")
     assert row["seeds"] == 2 and row["difference"] == pytest.approx(whole["difference"])
-    assert row["remark"] == "interpolated"
+    assert row["remark"] == "points of sparsity, not of accuracy"
 
 
 def test_claim_3_without_a_pair_says_so():
@@ -194,7 +196,11 @@ def test_claim_3_counts_who_falls_short_with_the_lowest_tested_sparsity():
     )
     row = deciding(frame, 3, "block, drop of 1")
     assert row["difference"] == pytest.approx((12.5 + 18.75) / 2)
-    assert row["remark"] == "2 of 4 networks below 75 %, counted there; 1 of 4 networks beyond 93.75 %, counted there"
+    assert row["remark"].split("; ") == [
+        "points of sparsity, not of accuracy",
+        "block with seeds 0, 1 drops by more already at 75 %, the lowest tested: counted with 75 %",
+        "hybrid with seed 1 drops by less even at 93.75 %, the highest tested: counted with 93.75 %",
+    ]
 
 
 def test_each_data_set_gets_its_own_verdict():
@@ -214,14 +220,17 @@ def test_seeds_needed_shrinks_the_interval_past_zero():
     assert claims.seeds_needed(frame)["seeds_needed"].to_list() == ["7"]
 
 
+def test_seeds_needed_covers_the_claim_on_speed():
+    needed = claims.seeds_needed(ACCURACY, speeds([100, 100], [99, 110], [150, 152]))
+    assert (needed["claim"] == 4).any()
+
+
 # --- Claim 4: speed -------------------------------------------------------------------------------------------------
 
 ACCURACY = accuracy_frame({("hybrid", 0.9): [80.0, 80.0], ("block", 0.9): [79.0, 79.0]})
 
 
-def latency_frame(
-    latencies: dict, width=0.25, device="cpu", scope="network", implementation="sparse kernels"
-) -> pd.DataFrame:
+def latency_frame(latencies, width=0.25, device="cpu", scope="network", implementation=SPARSE) -> pd.DataFrame:
     """{(pattern, batch, target): [latency_us per seed]} as a table of latencies."""
     rows = [
         {
@@ -232,8 +241,9 @@ def latency_frame(
             "batch": batch,
             "target_sparsity": target,
             "seed": seed,
-            "implementation": implementation,
             "latency_us": latency,
+            "implementation": implementation,
+            "commit": f"of {pattern}",
         }
         for (pattern, batch, target), values in latencies.items()
         for seed, latency in enumerate(values)
@@ -258,15 +268,6 @@ def speeds(block: list, hybrid: list, balanced: list, **where) -> pd.DataFrame:
 )
 def test_hybrid_is_between_or_not(block, hybrid, balanced, verdict):
     assert deciding(ACCURACY, 4, latency=speeds(block, hybrid, balanced))["verdict"] == verdict
-
-
-def test_only_our_kernels_decide_on_speed():
-    """Another engine ran the same pruned weights: its order of the patterns is another one."""
-    ours = speeds([100, 102], [150, 152], [200, 203])
-    theirs = speeds([900, 902], [100, 102], [500, 502], implementation="DeepSparse 1.8.0")
-    alone = deciding(ACCURACY, 4, latency=ours)
-    both = deciding(ACCURACY, 4, latency=pd.concat([ours, theirs], ignore_index=True))
-    assert alone.to_dict() == both.to_dict()
 
 
 def test_distance_to_the_nearer_end_in_percent_of_latency():
@@ -303,12 +304,37 @@ def test_speed_is_the_mean_over_batches_and_high_sparsities():
         None,
         speeds([100, 100], [150, 150], [200, 200], width=1.0),  # another network
         speeds([100, 100], [150, 150], [200, 200], scope="layer"),
+        speeds([100, 100], [150, 150], [200, 200], implementation="another engine"),
         latency_frame({("hybrid", 16, 0.9): [1, 2], ("block", 16, 0.9): [1, 2]}),
     ],
 )
 def test_no_verdict_on_speed_without_latencies_of_all_three(latency):
     row = deciding(ACCURACY, 4, latency=latency)
     assert row["verdict"] == "no data" and "make bench" in row["remark"]
+
+
+def test_the_row_on_speed_names_its_network():
+    assert deciding(ACCURACY, 4, latency=speeds([100, 101], [150, 151], [200, 202]))["comparison"] == (
+        "hybrid between block and balanced, VGG-16 ×0.25"
+    )
+    assert deciding(ACCURACY, 4)["comparison"].endswith("VGG-16 ×0.25")
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "told"),
+    [([150, 151], "hybrid is slower"), ([50, 51], "hybrid is faster"), ([90, 110], "not decided")],
+)
+def test_remarks_on_speed_have_the_sign_of_their_interval(hybrid, told):
+    decided = claims.decide(ACCURACY, speeds([100, 100], hybrid, [200, 203])).set_index("comparison")
+    row = decided[decided["claim"] == 4].loc["hybrid − block"]
+    by_sign = "hybrid is slower" if row["low"] > 0 else "hybrid is faster" if row["high"] < 0 else "not decided"
+    assert row["remark"] == told == by_sign
+
+
+def test_a_row_names_the_commits_that_it_rests_on():
+    frame = accuracy_frame({("hybrid", 0.9): [85.0, 85.1], ("block", 0.9): [80.0, 80.0], ("vector", 0.9): [1.0, 1.0]})
+    assert deciding(frame, 1)["commits"] == "of block, of hybrid"
+    assert deciding(frame, 2)["commits"] == ""
 
 
 def test_every_device_gets_its_verdict():

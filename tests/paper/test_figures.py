@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from reprolib.files import paths
 from reprolib.paper import accuracy_figures, claims, drawing, method_figures
 from reprolib.patterns import parse
 
@@ -35,6 +36,7 @@ def accuracy() -> pd.DataFrame:
                     "accuracy_pct": base + 2 * seed - 10 * (target - 0.9),
                     "accuracy_dense_pct": 90.0,
                     "width": 1.0,
+                    "commit": "abc",
                 }
                 for seed in (0, 1)
             ]
@@ -86,13 +88,13 @@ def test_unknown_methods_get_a_style_of_their_own(accuracy):
 def test_equal_data_give_equal_files(accuracy, tmp_path):
     drawing.theme()
     for name in ("a", "b"):
-        drawing.save(accuracy_figures.accuracy_vs_sparsity(accuracy), tmp_path / name)
+        drawing.save(accuracy_figures.accuracy_vs_sparsity(accuracy), tmp_path, name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_tables_are_written_as_markdown_and_latex(accuracy, tmp_path):
-    drawing.save_table(accuracy_figures.accuracy_table(accuracy), tmp_path / "accuracy")
+    drawing.save_table(accuracy_figures.accuracy_table(accuracy), tmp_path, "accuracy")
     assert "| CIFAR-10, dense" in (tmp_path / "accuracy.md").read_text()
     latex = (tmp_path / "accuracy.tex").read_text()
     assert r"Balanced(16) \& Block(32, 32) & " in latex and r"$\pm$" in latex and r"90 \%" in latex
@@ -195,9 +197,18 @@ def test_forest_draws_every_interval(accuracy):
     decided = claims.decide(accuracy)
     axis = accuracy_figures.claims_forest(decided).axes[0]
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels == ["95 %", "90 %", "claim 1, CIFAR-10: hybrid − block"]
+    assert labels == ["95 %", "90 %", "claim 1, CIFAR-10:\nhybrid − block"]
     differences = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
     assert differences == pytest.approx([3.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize("unit", ["points", claims.LATENCY_UNIT])
+def test_forest_leaves_room_for_its_intervals(unit):
+    """Names and legend once left a quarter of the width."""
+    accuracy, latency = (pd.read_csv(paths.ROOT / f"results/laptop/{name}.csv") for name in ("accuracy", "latency"))
+    figure = accuracy_figures.claims_forest(claims.decide(accuracy, latency), unit)
+    figure.canvas.draw()
+    assert figure.axes[0].get_window_extent().width > 0.5 * figure.bbox.width
 
 
 def test_claims_table_holds_only_rows_that_decide(accuracy):

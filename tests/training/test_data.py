@@ -3,6 +3,7 @@
 import hashlib
 import math
 import pickle
+import tarfile
 from collections import Counter
 from dataclasses import replace
 
@@ -91,13 +92,58 @@ def test_wrong_number_of_images_is_refused(cifar_folder, monkeypatch):
         data.load("cifar10", cifar_folder.parent)
 
 
-def test_failing_download_says_what_to_do(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
+def no_network(*args, **kwargs):
+    raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
-    with pytest.raises(FileNotFoundError, match=r"no route to host.*set REPROLIB_DATA.*PROFILE=quick needs no data"):
-        data.load("cifar100", tmp_path)
+
+@pytest.mark.parametrize("ask", [data.load, data.fetch])
+def test_failing_download_says_what_to_do(tmp_path, monkeypatch, ask):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(FileNotFoundError) as failed:
+        ask("cifar100", tmp_path / "data")
+    first, _, *remedies = str(failed.value).splitlines()
+    assert first == f"cifar-100-python is not in {tmp_path / 'data'}, and it could not be downloaded: no route to host"
+    assert [remedy[:4] for remedy in remedies] == ["  * "] * 3
+    for remedy, word in zip(remedies, ("cifar-100-python.tar.gz", "REPROLIB_DATA", "PROFILE=quick"), strict=True):
+        assert word in remedy
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A small archive in the place of CIFAR-10's, put there by hand; without network."""
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    source, files = torchvision.datasets.CIFAR10, tmp_path / "files"
+    files.mkdir()
+    for name in CIFAR_FILES:
+        (files / name).write_bytes(name.encode())
+    path = tmp_path / "data" / source.filename
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(files, source.base_folder)
+    md5 = {name: hashlib.md5(name.encode()).hexdigest() for name in CIFAR_FILES}
+    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5["batches.meta"]})
+    monkeypatch.setattr(source, "train_list", [(f"data_batch_{i}", md5[f"data_batch_{i}"]) for i in range(1, 6)])
+    monkeypatch.setattr(source, "test_list", [("test_batch", md5["test_batch"])])
+    return path
+
+
+def test_archive_that_lies_there_is_unpacked(archive):
+    data.fetch("cifar10", archive.parent)
+    assert sorted(path.name for path in archive.parent.iterdir()) == ["cifar-10-batches-py", archive.name]
+    data.fetch("cifar10", archive.parent)
+
+
+def test_unpacking_that_is_stopped_leaves_nothing_half(archive, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(tarfile.TarFile, "extractall", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            data.fetch("cifar10", archive.parent)
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+    data.fetch("cifar10", archive.parent)
 
 
 @pytest.mark.parametrize(

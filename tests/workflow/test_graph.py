@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,15 @@ import time
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reprolib import experiments
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
+from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import seconds
-from reprolib.workflow import graph
+from reprolib.workflow import graph, runner, sweeps
 
 
 def make(*arguments, **environment):
@@ -68,9 +72,14 @@ def test_sweep_keeps_what_it_has_and_joins_the_tables(notebook, tmp_path):
 
     folder = tmp_path / "results" / "sweeps" / "50-grid"
     failed = sweep(n=[2, 13], k=[5])
-    assert failed.returncode == 1 and "ValueError: unlucky number" in failed.stderr
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-2:] == [
+        "error: n=13, k=5: ValueError: unlucky number",
+        "1 of 2 points failed: all others are kept, and asking again tries these only",
+    ]
+    assert pd.read_csv(folder.with_suffix(".csv"))["product"].to_list() == [10], "what succeeded is in the table"
     [table] = folder.glob("*.csv")
-    assert json.loads((folder / "plan.json").read_text())["jobs"][table.stem]["n"] == 2
+    assert table.name.startswith("k=5,n=2-")
     executed = table.with_suffix(".ipynb").stat().st_mtime_ns
 
     done = sweep(k=[5, 7], n=[2])
@@ -79,6 +88,25 @@ def test_sweep_keeps_what_it_has_and_joins_the_tables(notebook, tmp_path):
     joined = pd.read_csv(folder.with_suffix(".csv"))
     assert joined["product"].to_list() == [10, 14]
     assert joined["sweep_n"].to_list() == [2, 2] and joined["sweep_k"].to_list() == [5, 7]
+
+
+texts = st.text(max_size=30) | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+points = st.dictionaries(
+    st.from_regex(r"[a-z_]{1,12}", fullmatch=True), texts | st.lists(texts, max_size=4), min_size=1
+)
+
+
+@given(points, points)
+def test_points_have_readable_names_that_tell_them_apart(one, other):
+    name = sweeps.point_name(one)
+    assert re.fullmatch(r"[A-Za-z0-9_.,=+-]+", name) and len(name) <= 140 and not name.startswith((".", "-"))
+    assert (name == sweeps.point_name(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
+    assert name == sweeps.point_name(dict(reversed(one.items()))), "whatever their order in the grid"
+
+
+def test_a_name_shows_the_parameters():
+    name = sweeps.point_name({"seed": 0, "pattern": "Balanced(4) & Filter()", "sparsities": [0.75]})
+    assert re.fullmatch(r"pattern=Balanced-4-Filter,seed=0,sparsities=0.75-[0-9a-f]{8}", name)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +160,8 @@ from snakemake.cli import main
 
 for folder in map(Path, sys.argv[2:]):
     (folder / "graph.json").write_text(json.dumps({"profile": folder.name}))
-    arguments = ["all", "--dry-run", "--snakefile", sys.argv[1], "--directory", str(folder)]
+    arguments = ["all", "--summary", "--snakefile", sys.argv[1], "--directory", str(folder)]
+    print("in", folder.name)
     try:
         main([*arguments, "--configfile", str(folder / "graph.json")])
     except SystemExit as end:
@@ -141,17 +170,26 @@ for folder in map(Path, sys.argv[2:]):
 """
 
 
-def test_graph_of_every_profile_can_be_planned(tmp_path):
+def test_graph_of_every_profile_can_be_planned_and_makes_nothing_that_git_tracks(tmp_path):
+    """Snakemake deletes what a job makes before it runs: all of it must be what .gitignore names."""
     folders = [tmp_path / "results" / profile for profile in profiles.names()]
     for folder in folders:
         folder.mkdir(parents=True)
-        for table in ("accuracy.csv", "ablations.csv"):
+        for table in ("accuracy.csv", "ablations.csv", "latency.csv"):
             (folder / table).write_text("")
     command = [sys.executable, "-c", PLANNING, paths.ROOT / "Snakefile", *folders]
     environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
     planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert planned.returncode == 0, planned.stdout + planned.stderr
-    assert planned.stdout.count("accuracy_figure") >= len(profiles.names())
+    made, profile = [], ""
+    for line in planned.stdout.splitlines():
+        profile = line.removeprefix("in ") if line.startswith("in ") else profile
+        if "\t" in line and not line.startswith("output_file"):
+            made.append(os.path.normpath(f"results/{profile}/{line.split()[0]}"))
+    assert {f"results/{name}/drawn/07" for name in profiles.names()} <= set(made)
+    check = ["git", "-C", paths.ROOT, "check-ignore", "--no-index", "--stdin"]
+    ignored = subprocess.run(check, input="\n".join(made), capture_output=True, text=True, check=False).stdout
+    assert ignored.splitlines() == made
 
 
 @pytest.fixture
@@ -188,13 +226,30 @@ def test_nothing_drawn_is_not_called_redrawn(tables, monkeypatch, capsys):
     assert "redrawn" not in capsys.readouterr().out
 
 
+def test_what_finished_notebooks_drew_moves_to_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    for number, name in [("07", "claims.csv"), ("07", "claims.svg"), ("07", "same.svg"), ("05", "latency.svg")]:
+        write_atomically(paths.drawn("p") / number / name, "new")
+    for name in ("claims.svg", "latency.svg"):
+        write_atomically(paths.figures("p") / name, "old")
+    write_atomically(paths.figures("p") / "same.svg", "new")
+    (paths.drawn("p") / "07" / ".snakemake_timestamp").touch()
+    write_atomically(paths.executed("p") / "07.ipynb", "")  # and none of 05: it was stopped
+    before = (paths.figures("p") / "same.svg").stat().st_ino
+    claims, svg, same = paths.claims_csv("p"), paths.figures("p") / "claims.svg", paths.figures("p") / "same.svg"
+    assert graph.publish("p") == [claims, svg, same]
+    assert [path.read_text() for path in (claims, svg)] == ["new", "new"]
+    assert same.stat().st_ino == before, "what does not change is left alone"
+    assert (paths.figures("p") / "latency.svg").read_text() == "old"
+
+
 @pytest.mark.parametrize("profile", ["2024", "1e3", "true", "a=b"])
 def test_names_reach_the_graph_as_they_are(profile, tmp_path, monkeypatch):
     """To Snakemake's command line, these are no texts. And a graph that fails gives its reason."""
     with (tmp_path / "run.lock").open("w") as lock, pytest.raises(RuntimeError) as failed:
-        monkeypatch.setattr(graph, "SNAKEFILE", tmp_path / "Snakefile")
-        graph.SNAKEFILE.write_text('name = config["profile"]\n\nraise ValueError(f"profile {name!r}")\n')
-        graph._snakemake([], tmp_path, 1, lock, {"profile": profile})
+        monkeypatch.setattr(runner, "SNAKEFILE", tmp_path / "Snakefile")
+        runner.SNAKEFILE.write_text('name = config["profile"]\n\nraise ValueError(f"profile {name!r}")\n')
+        runner.snakemake([], tmp_path, 1, lock, {"profile": profile})
     [line] = str(failed.value).splitlines()
     assert line.startswith("error: the graph failed: ") and f"profile {profile!r}" in line
     assert line.endswith(f", see {tmp_path / 'snakemake.log'}")
@@ -246,6 +301,22 @@ def test_wrong_budget_is_refused(budget, message, refused):
     assert message in refused("reproduce", "--profile", "quick", "--budget", budget)[-1]
 
 
+def test_data_come_first_and_are_asked_for_once(tmp_path, monkeypatch, refused):
+    """Without network: one message, and no network is tried."""
+
+    def no_network(*arguments, **kinds):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("REPROLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr(graph.workers, "train", None)
+    lines = refused("reproduce", "--profile", "laptop")
+    assert [line for line in lines if "no route to host" in line] == [
+        f"error: cifar-10-batches-py is not in {tmp_path / 'data'}, and it could not be downloaded: no route to host"
+    ]
+    assert sum(line.startswith("  * ") for line in lines) == 3
+
+
 def test_tables_hold_what_has_a_record_and_keep_earlier_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
     profile = profiles.load("quick-dry-run")
@@ -266,7 +337,7 @@ def test_only_what_the_tables_allow_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
     asked = []
     monkeypatch.setattr(
-        graph, "_snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
+        graph.runner, "snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
     )
 
     def add(table, *patterns):
@@ -306,7 +377,7 @@ def test_a_second_run_follows_the_first_and_then_gets_the_lock(tmp_path):
             if len(looks) == 2:
                 fcntl.flock(first, fcntl.LOCK_UN)
 
-        with graph._only_run(tmp_path, look) as second:
+        with runner.only_run(tmp_path, look) as second:
             assert len(looks) == 2
             with (tmp_path / "run.lock").open("w") as third, pytest.raises(BlockingIOError):
                 fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
