@@ -95,7 +95,7 @@ def peer_latency(rows: pd.DataFrame) -> Figure:
         axis.set_xscale("log")
         for name, row in zip(_names(dense), dense.itertuples(), strict=True):
             if row.batch == batch:
-                _point(axis, row, lines.index(name), DENSE, "*", filled=not row.ours)
+                _point(axis, row, lines.index(name), DENSE, "*", filled=row.ours)
         for pattern, pair in pruned[pruned["batch"] == batch].groupby("pattern"):
             y, (color, marker) = lines.index(pattern), style(pattern)
             for row in pair.itertuples():
