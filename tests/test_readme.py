@@ -52,10 +52,3 @@ def test_files_that_the_readme_names_exist():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(targets) > 10
     assert [target for target in targets if not (paths.ROOT / target).exists()] == []
-
-
-def test_make_targets_that_the_readme_names_exist():
-    targets = set(re.findall(r"(?<!snake)make ([a-z-]+)", README))
-    makefile = (paths.ROOT / "Makefile").read_text()
-    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench", "bench-train"} <= targets
-    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
