@@ -85,14 +85,3 @@ def test_files_that_a_page_names_exist(path):
     if path.name == "README.md":
         pages = {target for target in targets if target.startswith("docs/")}
         assert pages == {f"docs/{name}" for name in TEXTS if name != "README.md"}  # each page can be found
-
-
-def test_make_targets_that_the_pages_name_exist():
-    targets = set(
-        re.findall(
-            r"(?<!snake)make ([a-z-]+)", " ".join(re.findall(r"`[^`]*`|^    .*$", "\n".join(TEXTS.values()), re.M))
-        )
-    )
-    makefile = (paths.ROOT / "Makefile").read_text()
-    assert {"reproduce", "test", "figures", "sweep", "lab", "data", "bench", "bench-peers", "bench-train"} <= targets
-    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
