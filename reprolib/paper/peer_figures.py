@@ -7,7 +7,7 @@ prints the table of what ``make bench-peers SHORT=1`` measured for a profile.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -145,7 +145,13 @@ def _point(axis: plt.Axes, row: tuple, y: int, color: str, marker: str, filled: 
     )
 
 
-if __name__ == "__main__":
-    found = paths.short_latency_csv(sys.argv[1])
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The table of what make bench-peers SHORT=1 measured.")
+    parser.add_argument("profile")
+    found = paths.short_latency_csv(parser.parse_args().profile)
     if found.exists():  # not where the benchmark ran out of time
         print(peer_table(peer_rows(records.read_csv(found))).to_markdown())
+
+
+if __name__ == "__main__":
+    main()
