@@ -1,4 +1,4 @@
-"""For CPUs without AVX-512: Numba kernels for pruned 3x3 and 1x1 convolutions that work for stored weights only.
+"""For CPUs that are no x86: Numba kernels for pruned 3x3 and 1x1 convolutions that work for stored weights only.
 
 **Layout.** Activations live in ``[ceil(N / n)][C][H + 2 halo][W + 2 halo][n]``, float32: n images interleaved, around
 every map a halo of zeros where a 3x3 convolution reads it. With n = 16 one pixel of 16 images is one SIMD vector; small
