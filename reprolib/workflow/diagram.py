@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from reprolib.files import paths
 
-WIDTH, LINE, GAP, BETWEEN = 168, 17, 14, 44  # of a box, a line of text, and between boxes and columns, in pixels
+LETTER, LINE, GAP, BETWEEN = 6.6, 17, 14, 40  # width of a letter, height of a line, space between boxes and columns
 TABLES = {
     "ACCURACY": "accuracy.csv",
     "ABLATIONS": "ablations.csv",
@@ -42,30 +42,42 @@ def needs() -> dict[str, dict]:
 
 
 def svg(columns: dict[str, list[Box]]) -> Markup:
-    """Boxes in columns under their headings, each column centred, and a line to a box from each that it needs."""
-    heights = {box.key: LINE * len(box.lines) + 10 for boxes in columns.values() for box in boxes}
-    totals = [sum(heights[box.key] + GAP for box in boxes) - GAP for boxes in columns.values()]
-    top, height, width = 34, max(totals) + 44, len(columns) * (WIDTH + BETWEEN) - BETWEEN + 4
-    place, parts = {}, []
-    for column, (heading, boxes) in enumerate(columns.items()):
-        x, y = column * (WIDTH + BETWEEN) + 2, top + (max(totals) - totals[column]) / 2
-        parts.append(f'<text x="{x + WIDTH / 2}" y="18" class="heading">{escape(heading)}</text>')
+    """Boxes in columns under their headings, and a line to a box from each that it needs.
+
+    A box that is alone in its column stands level with what it needs, so that chains are straight.
+    """
+    place, parts, left = {}, [], 1.0
+    for heading, boxes in columns.items():
+        width = LETTER * max(len(line) for line in (heading, *(line for box in boxes for line in box.lines))) + 14
+        parts.append(f'<text x="{left + width / 2:g}" y="16" class="heading">{escape(heading)}</text>')
+        y = 30.0
         for box in boxes:
-            place[box.key] = (x, y)
-            parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{heights[box.key]}" rx="5"/>')
+            height = LINE * len(box.lines) + 10.0
+            middles = [place[need][1] + place[need][3] / 2 for need in box.needs if need in place]
+            if len(boxes) == 1 and middles:
+                y = max(y, sum(middles) / len(middles) - height / 2)
+            place[box.key] = (left, y, width, height)
+            parts.append(f'<rect x="{left:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5"/>')
             for number, line in enumerate(box.lines):
                 kind = ' class="more"' if number else ""
-                parts.append(f'<text x="{x + 8}" y="{y + LINE * (number + 1)}"{kind}>{escape(line)}</text>')
-            y += heights[box.key] + GAP
-    lines = []
-    for box in (box for boxes in columns.values() for box in boxes):
-        for need in box.needs:
-            (x1, y1), (x2, y2) = place[need], place[box.key]
-            x1, y1, y2 = x1 + WIDTH, y1 + heights[need] / 2, y2 + heights[box.key] / 2
-            bend = min(x2 - x1, BETWEEN) * 0.6
-            lines.append(f'<path d="M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"/>')
+                parts.append(f'<text x="{left + 7:g}" y="{y + LINE * (number + 1):g}"{kind}>{escape(line)}</text>')
+            y += height + GAP
+        left += width + BETWEEN
+    boxes = [box for column in columns.values() for box in column]
+    lines = [_line(place[need], place[box.key]) for box in boxes for need in box.needs]
+    width, height = left - BETWEEN + 1, max(y + height for _, y, _, height in place.values()) + 1
     told = "Which step needs what: the table below says the same in words."
     return Markup(
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{told}">'
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{told}">'
         f"{''.join(lines)}{''.join(parts)}</svg>"
     )
+
+
+def _line(start: tuple[float, ...], end: tuple[float, ...]) -> str:
+    """From the right side of one box to the left side of another; past columns between them, from below."""
+    (x, y, width, height), (to_x, to_y) = start, (end[0], end[1] + end[3] / 2)
+    if to_x - (x + width) <= BETWEEN + 1:
+        x, y, bend = x + width, y + height / 2, BETWEEN * 0.6
+        return f'<path d="M{x:g},{y:g} C{x + bend:g},{y:g} {to_x - bend:g},{to_y:g} {to_x:g},{to_y:g}"/>'
+    x, y = x + width / 2, y + height
+    return f'<path d="M{x:g},{y:g} C{x:g},{to_y:g} {x:g},{to_y:g} {x + 60:g},{to_y:g} L{to_x:g},{to_y:g}"/>'

@@ -15,7 +15,7 @@ from nbconvert.filters import markdown2html
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STILL = "<p><em>Controls stood here: they move in <code>make lab</code>.</em></p>"
-SAVED = re.compile(r'drawing\.save(?:_table)?\(.*folder, "(\w+)"\)')
+SAVED = re.compile(r'drawing\.save(_table)?\(.*folder, "(\w+)"\)')
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
@@ -24,6 +24,7 @@ class Drawn:
     """A figure or table that an executed notebook saves: in which cell, and the text above that cell."""
 
     name: str
+    is_table: bool
     notebook: str
     anchor: str
     count: int
@@ -38,10 +39,10 @@ def drawn(path: Path) -> list[Drawn]:
         if cell.cell_type == "markdown":
             first, _, rest = cell.source.partition("\n")
             heading, text = (first.lstrip("# "), rest.strip()) if first.startswith("#") else (heading, cell.source)
-        for name in SAVED.findall(cell.source):
+        for table, name in SAVED.findall(cell.source):
             anchor = f"{_prefix(path)}-cell-id={cell.id}"
             caption = Markup(markdown2html(text.split("\n\n")[0]))
-            found.append(Drawn(name, path.stem, anchor, cell.execution_count, heading, caption))
+            found.append(Drawn(name, bool(table), path.stem, anchor, cell.execution_count, heading, caption))
     return found
 
 

@@ -78,30 +78,31 @@ def is_drawn(profile_name: str, rules: Iterable[str]) -> bool:
 
 
 def figures(profile_name: str, notebooks: list[Path]) -> list[dict]:
-    """Every figure and table of a profile with its caption, the cell that draws it and the command that does so again.
+    """Every figure and table of a profile, those of one cell together: its text above them, itself, its command below.
 
-    In the order of the notebooks; a figure that none of them draws comes last, without these.
+    In the order of the notebooks; what none of them draws comes last, without these.
     """
     folder = paths.figures(profile_name)
     pictures = sections.pictures(folder)
     tables = {path.stem: path for path in sorted(folder.glob("[!.]*.md"))}
-    drawn = [(each, again(notebook)) for notebook in notebooks for each in embedding.drawn(notebook)]
-    drawn = {each.name: (each, command) for each, command in drawn}
-    found = []
-    for name in dict.fromkeys([*drawn, *pictures, *tables]):
-        if name not in pictures and name not in tables:
-            continue  # it is drawn where its numbers are there
-        by, command = drawn.get(name, (None, ""))
-        found.append(
-            {
-                "name": name,
-                "by": by,
-                "again": command,
-                "picture": sections.data_uri(pictures[name]) if name in pictures else "",
-                "table": sections.markdown_table(tables[name].read_text()) if name in tables else None,
-            }
-        )
-    return found
+    found = {}
+    for notebook in notebooks:
+        for each in embedding.drawn(notebook):
+            group = found.setdefault(each.anchor, {"by": each, "again": again(notebook), "pictures": {}, "tables": {}})
+            kind, files, show = (
+                ("tables", tables, _table) if each.is_table else ("pictures", pictures, sections.data_uri)
+            )
+            if each.name in files:  # it is drawn where its numbers are there
+                group[kind][each.name] = show(files.pop(each.name))
+    for name in sorted({*pictures, *tables}):
+        left = {"pictures": {name: sections.data_uri(pictures[name])} if name in pictures else {}}
+        left["tables"] = {name: _table(tables[name])} if name in tables else {}
+        found[name] = {"by": None, "again": ""} | left
+    return [group for group in found.values() if group["pictures"] or group["tables"]]
+
+
+def _table(path: Path) -> dict[str, list]:
+    return sections.markdown_table(path.read_text(encoding="utf-8"))
 
 
 def again(notebook: Path) -> str:
@@ -130,7 +131,7 @@ def steps(profile: Profile, tables: dict[str, pd.DataFrame], notebooks: list[Pat
     trained = pd.concat([tables[name] for name in ("accuracy.csv", "ablations.csv") if name in tables])
     trained = trained.drop_duplicates("run_id")
     is_dense = trained["pattern"] == "dense"
-    source = {"accuracy.csv": ("dense", "pruned"), "ablations.csv": ("pruned",)}
+    source = {"accuracy.csv": ("pruned",), "ablations.csv": ("pruned",)}
     columns: dict[str, list[Box]] = {
         "profile": [Box("profile", (f"{profile.name}.yaml", "what is asked for"))],
         "dense": [Box("dense", ("dense networks", f"{is_dense.sum()} trained"), ("profile",))],

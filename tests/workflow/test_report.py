@@ -124,7 +124,7 @@ def test_every_committed_figure_and_table_is_in_the_page(home, page):
     assert len(figures) >= 5
     for figure in figures:
         assert base64.b64encode(figure.read_bytes()).decode() in page.text, figure.name
-        assert f"drawn-{figure.stem}" in page.ids
+        assert f"figure-{figure.stem}" in page.ids
     for table in paths.figures(home.name).glob("*.md"):
         for cell in sections.markdown_table(table.read_text())["rows"][-1]:
             assert cell.replace("&", "&amp;") in page.text, table.name
