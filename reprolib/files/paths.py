@@ -53,12 +53,22 @@ def short_latency_csv(profile: str) -> Path:
     return results(profile) / "latency-short.csv"
 
 
+def training_csv(profile: str) -> Path:
+    """What ``make bench-train`` measures."""
+    return results(profile) / "training.csv"
+
+
 def claims_csv(profile: str) -> Path:
     return results(profile) / "claims.csv"
 
 
 def figures(profile: str) -> Path:
     return home() / "figures" / profile
+
+
+def report(profile: str) -> Path:
+    """The page that ``make report`` writes."""
+    return results(profile) / "report.html"
 
 
 def executed(profile: str) -> Path:

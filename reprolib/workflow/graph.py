@@ -1,4 +1,4 @@
-"""The front of the graph: `make reproduce` and `make figures`; `make sweep` begins here, too.
+"""The front of the graph: `make reproduce` and `make figures`; `make report` and `make sweep` begin here, too.
 
 Networks are trained by `experiments.workers`, in the order of the profile's plan; their records become tables;
 Snakemake runs the notebooks that draw on these tables. One run at a time works on a folder, and each shows a bar.
@@ -100,15 +100,20 @@ def figures(profile: Profile, cores: int) -> None:
     print(f"redrawn: {len(redrawn)} files in {folder}")
 
 
+def drawable(profile_name: str) -> list[str]:
+    """The rules whose tables are there."""
+    accuracy = paths.accuracy_csv(profile_name)
+    if accuracy.exists() and not _has_pair(records.read_csv(accuracy)):
+        return ["anatomy"]
+    return [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
+
+
 def draw(profile_name: str, cores: int, lock: IO) -> list[Path]:
     """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone.
 
     Returns the files. Raises RuntimeError for what could not be drawn; what could be is in its place nevertheless.
     """
-    rules = [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
-    accuracy = paths.accuracy_csv(profile_name)
-    if accuracy.exists() and not _has_pair(records.read_csv(accuracy)):
-        rules = ["anatomy"]
+    rules = drawable(profile_name)
     targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
     config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
     shutil.rmtree(paths.drawn(profile_name), ignore_errors=True)  # of another run
@@ -212,13 +217,14 @@ def _cores(text: str) -> int:
 
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(description="What `make reproduce`, `make figures` and `make sweep` call.")
+    parser = argparse.ArgumentParser(description="What `make reproduce`, `figures`, `report` and `sweep` call.")
     parser.add_argument("--cores", type=_cores, default=cores, help="networks or notebooks side by side")
     commands = parser.add_subparsers(dest="command", required=True)
     reproducing = commands.add_parser("reproduce")
     reproducing.add_argument("--profile", default="")
     reproducing.add_argument("--budget", type=seconds, default=math.inf, help="such as 20m or 1h30m")
     commands.add_parser("figures").add_argument("--profile", default="quick")
+    commands.add_parser("report").add_argument("--profile", default="quick")
     sweeping = commands.add_parser("sweep")
     sweeping.add_argument("--notebook", required=True)
     sweeping.add_argument("--grid", type=Path, required=True)
@@ -230,6 +236,13 @@ def main() -> None:
                 reproduce(_profile(arguments.profile), arguments.cores, arguments.budget)
             case "figures":
                 figures(profiles.load(arguments.profile), arguments.cores)
+            case "report":
+                from reprolib.workflow import report  # here, as sweeps: nbconvert takes its time, too
+
+                profile = profiles.load(arguments.profile)
+                if not report.is_drawn(profile.name, drawable(profile.name)):
+                    figures(profile, arguments.cores)
+                print(f"one page: {report.write(profile)}")
             case "sweep":
                 from reprolib.workflow import sweeps  # here: papermill takes a second, whatever is asked for
 

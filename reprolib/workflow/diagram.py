@@ -1,0 +1,83 @@
+"""The steps of the paper and what each needs, as a drawing in SVG: what is left makes what is right of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from html import escape
+
+from markupsafe import Markup
+
+from reprolib.files import paths
+
+LETTER, LINE, GAP, BETWEEN = 6.6, 17, 14, 40  # width of a letter, height of a line, space between boxes and columns
+TABLES = {
+    "ACCURACY": "accuracy.csv",
+    "ABLATIONS": "ablations.csv",
+    "LATENCY": "latency.csv",
+    "PEERS": "latency-short.csv",
+}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A step: its first line is what it is, the others say more. `needs` are keys of other boxes."""
+
+    key: str
+    lines: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+def needs() -> dict[str, dict]:
+    """By number of a notebook: the rule of the Snakefile that runs it, and the names of the tables that it reads."""
+    found = {}
+    for rule, body in re.findall(
+        r"^    rule (\w+):.*\n((?:        .*\n)+)", (paths.ROOT / "Snakefile").read_text(), re.MULTILINE
+    ):
+        if number := re.search(r'notebook\("(\d\d)"\)|draws\("(\d\d)"\)', body):
+            inputs = body.split("output:")[0]
+            read = [table for name, table in TABLES.items() if re.search(rf"\b{name}\b", inputs)]
+            found[number[1] or number[2]] = {"rule": rule, "tables": read}
+    return dict(sorted(found.items()))
+
+
+def svg(columns: dict[str, list[Box]]) -> Markup:
+    """Boxes in columns under their headings, and a line to a box from each that it needs.
+
+    A box that is alone in its column stands level with what it needs, so that chains are straight.
+    """
+    place, parts, left = {}, [], 1.0
+    for heading, boxes in columns.items():
+        width = LETTER * max(len(line) for line in (heading, *(line for box in boxes for line in box.lines))) + 14
+        parts.append(f'<text x="{left + width / 2:g}" y="16" class="heading">{escape(heading)}</text>')
+        y = 30.0
+        for box in boxes:
+            height = LINE * len(box.lines) + 10.0
+            middles = [place[need][1] + place[need][3] / 2 for need in box.needs if need in place]
+            if len(boxes) == 1 and middles:
+                y = max(y, sum(middles) / len(middles) - height / 2)
+            place[box.key] = (left, y, width, height)
+            parts.append(f'<rect x="{left:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5"/>')
+            for number, line in enumerate(box.lines):
+                kind = ' class="more"' if number else ""
+                parts.append(f'<text x="{left + 7:g}" y="{y + LINE * (number + 1):g}"{kind}>{escape(line)}</text>')
+            y += height + GAP
+        left += width + BETWEEN
+    boxes = [box for column in columns.values() for box in column]
+    lines = [_line(place[need], place[box.key]) for box in boxes for need in box.needs]
+    width, height = left - BETWEEN + 1, max(y + height for _, y, _, height in place.values()) + 1
+    told = "Which step needs what: the table below says the same in words."
+    return Markup(
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{told}">'
+        f"{''.join(lines)}{''.join(parts)}</svg>"
+    )
+
+
+def _line(start: tuple[float, ...], end: tuple[float, ...]) -> str:
+    """From the right side of one box to the left side of another; past columns between them, from below."""
+    (x, y, width, height), (to_x, to_y) = start, (end[0], end[1] + end[3] / 2)
+    if to_x - (x + width) <= BETWEEN + 1:
+        x, y, bend = x + width, y + height / 2, BETWEEN * 0.6
+        return f'<path d="M{x:g},{y:g} C{x + bend:g},{y:g} {to_x - bend:g},{to_y:g} {to_x:g},{to_y:g}"/>'
+    x, y = x + width / 2, y + height
+    return f'<path d="M{x:g},{y:g} C{x:g},{to_y:g} {x:g},{to_y:g} {x + 60:g},{to_y:g} L{to_x:g},{to_y:g}"/>'
