@@ -195,7 +195,7 @@ def test_graph_of_every_profile_can_be_planned_and_makes_nothing_that_git_tracks
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     """A folder with the committed tables of a profile, of which the accuracy figure is all that is drawn."""
-    home = tmp_path / "a # b"
+    home = tmp_path / "a # {b}"
     monkeypatch.setenv("REPROLIB_HOME", str(home))
     monkeypatch.setattr(graph, "DRAWING", {"accuracy_figure": [paths.accuracy_csv]})
     shutil.copytree(paths.ROOT / "results" / "laptop-cifar100", paths.results("laptop-cifar100"), ignore=only_csv)
@@ -260,7 +260,7 @@ def test_names_reach_the_graph_as_they_are(profile, tmp_path, monkeypatch):
 
 def test_budget_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     """A dry run of the quick profile, in two parts: rows of the first part stay, whatever becomes of its folders."""
-    profile, budget_s = profiles.load("quick-dry-run"), 240
+    profile, budget_s = profiles.load("quick-dry-run"), 900
     results, drawn = tmp_path / "results" / profile.name, tmp_path / "figures" / profile.name
     plan = profile.plan()
     monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
