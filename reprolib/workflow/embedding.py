@@ -103,9 +103,8 @@ class _Inside(HTMLParser):
         return f' {name}="{escape(value)}"'
 
     def _own(self, name: str) -> str:
-        return (
-            name if name.startswith("T_") else f"{self.prefix}-{name}"
-        )  # pandas' own names are unique, styles use them
+        """Pandas' own names, which its styles use, are unique already."""
+        return name if name.startswith("T_") else f"{self.prefix}-{name}"
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "style" and "#T_" in self.style:  # of one table; pandas' others would reach every table of the page

@@ -375,3 +375,9 @@ for _ in range(2):
     assert first.stdout == second.stdout == "3 4.0 4.0 4.0 4.0 4.0 4.0 4.0 4.0\n" * 2
     assert "compiling a CPU kernel" in first.stderr
     assert "compiling" not in second.stderr
+
+
+@pytest.mark.parametrize("length", [0, 2, 8])
+def test_lengths_without_a_kernel_are_refused(length):
+    with pytest.raises(ValueError, match=rf"no kernel for vectors of {length} weights: there are 1 and 4"):
+        packing.plan(torch.ones(4, 4), torch.zeros(4), relu=False, pool=False, length=length)

@@ -73,10 +73,14 @@ class Plan:
 def plan(weight: Tensor, bias: Tensor, *, relu: bool, pool: bool, halo_out: int = 0, length: int | None = None) -> Plan:
     """Prepare a pruned weight ``[C_out, C_in, K, K]`` (K = 1 or 3) or ``[out, in]`` and its bias ``[C_out]``.
 
-    Without `length` the zeros decide whether single weights or vectors of four output channels are cheaper.
+    Without `length` the zeros decide whether single weights or vectors of four output channels are cheaper. Raises
+    ValueError for a length that no kernel has.
     """
     weight = weight.detach().float().reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
     c_out, c_in, kernel = weight.shape[:3]
+    if length is not None and length not in RELATIVE_COST:
+        known = " and ".join(map(str, RELATIVE_COST))
+        raise ValueError(f"there is no kernel for vectors of {length} weights: there are {known}")
     length = length or min(RELATIVE_COST, key=lambda v: _stored(weight, v) * RELATIVE_COST[v])
     chunk = min(CHUNK_CHANNELS[length], c_in)
     padded = np.zeros((-(-c_out // BLOCK_ROWS) * BLOCK_ROWS, -(-c_in // chunk) * chunk, kernel * kernel), np.float32)
