@@ -1,6 +1,7 @@
 """The CPU engine against float64: whole numbers come out exactly, whatever the shapes, zeros, batches and threads."""
 
 import copy
+import ctypes
 import gc
 import io
 import itertools
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from x86 import Everything, Processor
 
 from reprolib.files import paths
 from reprolib.patterns import parse
 from reprolib.sparse import compilation, cpu, layers, sparsify
-from reprolib.sparse.cpu import avx2, avx512, encoder, generator, planner
+from reprolib.sparse.cpu import avx2, avx512, avx512bf16, encoder, generator, planner
 from reprolib.sparse.cpu import network as memory
 
 pytestmark = pytest.mark.skipif(
@@ -53,9 +55,11 @@ def chain(shape, steps, seed, density=0.3, whole=True):
     return found
 
 
-def reference(network, x):
+def reference(network, x, rounded=False):
+    """In float64; `rounded`: activations between layers are rounded to bfloat16."""
     y = torch.from_numpy(x).double()
-    for layer in network:
+    for i, layer in enumerate(network):
+        y = y.bfloat16().double() if rounded and i else y
         weight, bias = (torch.from_numpy(array).double() for array in (layer.weight, layer.bias))
         if weight.dim() == 2:
             y = F.linear(y.flatten(1), weight, bias)[:, :, None, None]
@@ -72,13 +76,36 @@ def images(batch, shape, seed=1):
 
 def check(network, shape, batches, threads=(1, 2)):
     """Every instruction set of this machine gives the reference's whole numbers, whatever memory held before."""
-    engines = [cpu.Network(network, isa) for isa in cpu.instruction_sets()]
+    engines = [cpu.Network(network, isa) for pairs in (False, True) for isa in cpu.instruction_sets(pairs)]
     for batch in batches:
         x = images(batch, shape, batch)
-        expected = reference(network, x)
         for engine, count in itertools.product(engines, threads):
+            expected = reference(network, x, engine.isa.PAIRS)
             engine._arenas[:] = [np.full(arena.shape, np.nan, np.float32) for arena in engine._arenas]
             assert np.array_equal(engine(x, count), expected), (engine.isa.NAME, batch, count)
+
+
+@pytest.mark.parametrize("batch", [1, 3, "a bundle"])
+@pytest.mark.parametrize("isa", [avx512, avx2, avx512bf16], ids=lambda isa: isa.NAME)
+def test_networks_of_every_instruction_set_are_exact(isa, batch):
+    """Planner, generator and driver together; calls of machine code go to the slow x86, so any machine will do."""
+    steps = [(5, 3, False, True), (33, 3, True, False), (6, 1, True, False), (7, 3, False, True), (3, 0, False, False)]
+    network = chain((3, 4, 6), steps, 0)
+    batch = isa.LANES if batch == "a bundle" else batch
+    program = memory.Program(network, 4, 6, batch, isa)
+    stages, groups, chunks, *rest = program._tables
+    form = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)
+
+    def emulated(start, size):
+        code = Everything()[int(start) : int(start + size)].copy()
+        names = ("rdi", "rsi", "rdx", "rcx", "r8")
+        return form(lambda *at: Processor(Everything(), isa.REGISTERS).call(code, **dict(zip(names, at, strict=True))))
+
+    callbacks = [emulated(start, size) for start, _, size in chunks]
+    chunks[:, 0] = [ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks]
+    program._tables = stages, groups, chunks, *rest
+    x = images(batch, (3, 4, 6))
+    assert np.array_equal(program.run(x, 1, []), reference(network, x, isa.PAIRS))
 
 
 BATCHES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reprolib.sparse.cpu import avx2, avx512, encoder
+from reprolib.sparse.cpu import avx2, avx512, avx512bf16, encoder
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM's assembler is that of this machine")
 
 NAMES = {16: "zmm", 8: "ymm", 4: "xmm"}
 BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8", 13: "r13"}
-SETS = {"AVX-512": avx512, "AVX2": avx2}
+SETS = {isa.NAME: isa for isa in (avx512, avx2, avx512bf16)}
 
 bases = st.sampled_from(list(BASES))
 distances = st.one_of(
@@ -33,7 +33,7 @@ def assemble(lines: list[str]) -> bytes:
     triple = "x86_64-unknown-linux-gnu"
     text = "\\0A".join([".intel_syntax noprefix", *lines])
     module = llvm.parse_assembly(f'target triple = "{triple}"\nmodule asm "{text}"\n')
-    features = "+avx512f,+avx512vl,+avx2,+fma"
+    features = "+avx512f,+avx512vl,+avx512bf16,+avx2,+fma"
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu="x86-64", features=features, opt=0)
     return text_section(machine.emit_object(module))
 
@@ -72,6 +72,23 @@ def evex(form, r, a, b, base, d, n, k):
     }[form]
 
 
+def bfloat16(form, r, a, b, base, d, n, k):
+    """The instructions that only AVX-512 with bfloat16 has."""
+    x, y, at = vector(r, n), vector(a, n), memory(base, d)
+    half_x, half_y = vector(r, max(n // 2, 4)), vector(a, max(n // 2, 4))
+    left = [f"{{evex}} vpslld {x}, {x}, 16"]
+    narrow = [
+        line
+        for whole, part in ((x, half_x), (y, half_y))
+        for line in (f"{{evex}} vcvtneps2bf16 {part}, {whole}", f"{{evex}} vpmovzxwd {whole}, {part}")
+    ]
+    return {
+        "multiply_add": [f"vdpbf16ps {x}, {y}, dword ptr {at}{{1to{n}}}"],
+        "pair": [*narrow, f"{{evex}} vpslld {y}, {y}, 16", f"vpord {x}, {x}, {y}"],
+        "half": [f"{{evex}} vpsrld {x}, {x}, 16"] * (k % 2) + left,
+    }[form]
+
+
 def vex(form, r, a, b, base, d, n, k):
     """The instructions of AVX2 that do the same, with three bytes of prefix."""
     x, y, z, last, at = vector(r, n), vector(a, n), vector(b, n), vector(15, n), memory(base, d)
@@ -99,16 +116,27 @@ def ours(isa, form, r, a, b, base, d, n, k):
         "maximum": (r, a, b, n),
         "bits_or": (r, a, b, n),
         "zero": (r, n),
+        "pair": (r, a, n),
+        "half": (r, k % 2, n),
     }
     return getattr(isa, form)(*arguments[form])
 
 
+FORMS = dict.fromkeys(
+    (avx512.NAME, avx2.NAME), ("load", "store", "broadcast", "multiply_add", "maximum", "bits_or", "zero")
+)
+FORMS[avx512bf16.NAME] = ("multiply_add", "pair", "half")
+NOTATIONS = {avx512.NAME: evex, avx2.NAME: vex, avx512bf16.NAME: bfloat16}
+
+
 @settings(max_examples=60)
 @given(st.data())
-@pytest.mark.parametrize("form", ["load", "store", "broadcast", "multiply_add", "maximum", "bits_or", "zero"])
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name, forms in FORMS.items() for form in forms],
+)
 def test_bytes_are_those_of_llvm(name, form, data):
-    isa, notation = SETS[name], {"AVX-512": evex, "AVX2": vex}[name]
+    isa, notation = SETS[name], NOTATIONS[name]
     register = st.integers(0, isa.REGISTERS - 1)
     lanes = st.sampled_from([lanes for lanes in NAMES if lanes <= isa.LANES])
     drawn = st.tuples(register, register, register, bases, distances, lanes, st.integers(0, 3))

@@ -1,10 +1,33 @@
 """A slow x86: runs the instructions that the engine's encoder makes, so that its code is tested on any machine."""
 
+import ctypes
+import sys
+
 import numpy as np
+import torch
 
 AND, OR, XOR = np.bitwise_and, np.bitwise_or, np.bitwise_xor
 BITS = {(1, 0, 0x54): AND, (1, 0, 0x56): OR, (1, 1, 0xEB): OR, (1, 0, 0x57): XOR, (1, 1, 0xEF): XOR}
 BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8"}
+
+
+SHIFTS = {6: np.left_shift, 2: np.right_shift}
+
+
+def halves(numbers):
+    """The bfloat16 numbers that share 32 bits, as float32: the lower and the upper ones."""
+    bits = numbers.view(np.uint32)
+    return (bits << 16).view(np.float32), (bits >> 16 << 16).view(np.float32)
+
+
+class Everything:
+    """The memory of this process: its indices are real addresses."""
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, part):
+        return np.ctypeslib.as_array((ctypes.c_uint8 * (part.stop - part.start)).from_address(part.start))
 
 
 class Processor:
@@ -27,7 +50,8 @@ class Processor:
             return self._evex(code, at)
         if first == 0xC4 and code[at + 1] & 0x1F == 1 and code[at + 3] == 0x90:  # kmovw
             mask, base = code[at + 4] >> 3 & 7, code[at + 4] & 7 | (~code[at + 1] >> 5 & 1) << 3
-            bits = self.memory[self.addresses[BASES[base]] + code[at + 5] :][:2].view("<u2")[0]
+            start = self.addresses[BASES[base]] + int(code[at + 5])
+            bits = self.memory[start : start + 2].view("<u2")[0]
             self.masks[mask] = bits >> np.arange(16) & 1
             return at + 6
         if first == 0xC4:
@@ -50,7 +74,11 @@ class Processor:
         base, unit = modrm & 7 | (~p1 >> 5 & 1) << 3, 4 if everywhere else 4 * lanes
         third, at, address = self._operand(code, at + 5, lanes, base, ~p1 >> 6 & 1, everywhere, unit)
         mask = self.masks[p3 & 7] if p3 & 7 else np.ones(16, bool)
-        self._do((p1 & 7, p2 & 3, opcode), register, second, third, lanes, mask[:lanes], address)
+        operation = p1 & 7, p2 & 3, opcode
+        if operation == (1, 1, 0x72):  # a shift: its way stands for a register, and the second one is written
+            third = SHIFTS[register](third.view(np.uint32), np.uint32(code[at])).view(np.float32)
+            register, at = second, at + 1
+        self._do(operation, register, second, third, lanes, mask[:lanes], address)
         return at
 
     def _vex(self, code, at):
@@ -87,10 +115,19 @@ class Processor:
             result = (a.astype(np.float64) * third + old).astype(np.float32)
         elif operation == (1, 0, 0x5F):
             result = np.where(a > third, a, third)
+        elif operation == (2, 2, 0x52):  # vdpbf16ps: the upper product first
+            result = old
+            for x, y in zip(halves(a)[::-1], halves(third)[::-1], strict=True):
+                result = (x.astype(np.float64) * y + result).astype(np.float32)
+        elif operation == (2, 2, 0x72):  # vcvtneps2bf16
+            near = torch.from_numpy(third.copy()).bfloat16().view(torch.int16).numpy()
+            result = np.concatenate([near.view(np.float32), np.zeros(lanes - lanes // 2, np.float32)])
+        elif operation == (2, 1, 0x33):  # vpmovzxwd
+            result = third.view(np.uint16)[:lanes].astype(np.uint32).view(np.float32)
         elif operation in BITS:
             result = BITS[operation](a.view(np.int32), third.view(np.int32)).view(np.float32)
         else:
-            assert operation in ((1, 0, 0x10), (2, 1, 0x18)), f"unknown operation {operation}"
+            assert operation in ((1, 0, 0x10), (2, 1, 0x18), (1, 1, 0x72)), f"unknown operation {operation}"
             result = np.where(mask, third, np.float32(0))
         self.vectors[register] = 0
         self.vectors[register, :lanes] = result

@@ -1,7 +1,8 @@
 """Pruned convolutions and linear layers on a CPU of x86: machine code made for the weights, for any mask.
 
-`avx512` and `avx2` know instructions (`encoder`: what they share), `generator` makes the code of a layer, `planner`
-says where activations lie and in which order the work is done, `driver` does it, and `network` holds code and threads.
+`avx512`, `avx512bf16` and `avx2` know instructions (`encoder`: what they share), `generator` makes the code of a layer,
+`planner` says where activations lie and in which order the work is done, `driver` does it, and `network` holds code and
+threads.
 `reprolib.sparse.portable` has kernels for other CPUs.
 """
 
@@ -15,7 +16,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from reprolib.sparse.cpu import avx2, avx512, encoder
+from reprolib.sparse.cpu import avx2, avx512, avx512bf16, encoder
 from reprolib.sparse.cpu.network import Network, Program, executable
 from reprolib.sparse.cpu.planner import Layer
 
@@ -23,8 +24,11 @@ __all__ = ["Layer", "Network", "Program", "instruction_sets"]
 
 
 @cache
-def instruction_sets() -> tuple[ModuleType, ...]:
-    """Those that this machine runs, the best first; none where its system lets no program make code."""
+def instruction_sets(pairs: bool = False) -> tuple[ModuleType, ...]:
+    """Those for float32, or for `pairs` of bfloat16 numbers, that this machine runs, the best first.
+
+    None where its system lets no program make code.
+    """
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux" or numba.config.DISABLE_JIT:
         return ()
     try:
@@ -32,4 +36,5 @@ def instruction_sets() -> tuple[ModuleType, ...]:
     except OSError:
         return ()
     here = llvmlite.binding.get_host_cpu_features()
-    return tuple(isa for isa in (avx512, avx2) if all(here.get(feature) for feature in isa.FEATURES))
+    known = (avx512bf16,) if pairs else (avx512, avx2)
+    return tuple(isa for isa in known if all(here.get(feature) for feature in isa.FEATURES))

@@ -14,6 +14,7 @@ from reprolib.sparse.cpu import encoder
 from reprolib.sparse.cpu.encoder import LEFT, R8, WRITTEN, Operation, checked
 
 NAME, FEATURES = "AVX2", ("avx2", "fma")
+PAIRS, words = False, encoder.words  # numbers are float32
 LANES, REGISTERS = 8, 16
 TEMPORARIES = 1  # registers that `multiply_add` needs, the last ones
 GROUP_ROWS = (14, 12, 8)  # output channels of a group: the size that takes the fewest instructions is chosen
@@ -28,45 +29,45 @@ _LAST = REGISTERS - 1
 
 def load(register, base, disp, lanes=LANES, mask=0):
     """register = memory[base + disp]; lanes outside of mask `mask` (0: all lanes) become zero."""
-    whole = _memory(encoder.LOAD, register, 0, base, disp, lanes)
+    whole = of_memory(encoder.LOAD, register, 0, base, disp, lanes)
     if not mask:
         return whole
     register = np.broadcast_to(register, len(whole))
-    return np.concatenate([whole, _memory(_AND, register, register, R8, _mask_at(mask), lanes)], axis=1)
+    return np.concatenate([whole, of_memory(_AND, register, register, R8, _mask_at(mask), lanes)], axis=1)
 
 
 def store(register, base, disp, lanes=LANES, mask=0):
     """memory[base + disp] = register; lanes outside of the mask, which passes through the last register, stay."""
     if not mask:
-        return _memory(encoder.STORE, register, 0, base, disp, lanes)
-    part = _memory(_STORE_MASKED, register, _LAST, base, disp, lanes)
+        return of_memory(encoder.STORE, register, 0, base, disp, lanes)
+    part = of_memory(_STORE_MASKED, register, _LAST, base, disp, lanes)
     through = np.full(len(part), _LAST)
-    return np.concatenate([_memory(encoder.LOAD, through, 0, R8, _mask_at(mask), lanes), part], axis=1)
+    return np.concatenate([of_memory(encoder.LOAD, through, 0, R8, _mask_at(mask), lanes), part], axis=1)
 
 
 def broadcast(register, base, disp, lanes=LANES):
     """Every lane = the 32 bits at memory[base + disp]."""
-    return _memory(encoder.BROADCAST, register, 0, base, disp, lanes)
+    return of_memory(encoder.BROADCAST, register, 0, base, disp, lanes)
 
 
 def multiply_add(total, x, base, disp, lanes=LANES):
     """total += x * the float32 at memory[base + disp], which passes through the last register."""
-    multiply = _registers(encoder.MULTIPLY_ADD, total, x, _LAST, lanes)
+    multiply = of_registers(encoder.MULTIPLY_ADD, total, x, _LAST, lanes)
     weight = broadcast(np.full(len(multiply), _LAST), base, disp, lanes)
     return np.concatenate([weight, multiply], axis=1)
 
 
 def maximum(register, a, b, lanes=LANES):
     """register = the larger of a and b, lane by lane; b where one of them is NaN."""
-    return _registers(encoder.MAXIMUM, register, a, b, lanes)
+    return of_registers(encoder.MAXIMUM, register, a, b, lanes)
 
 
 def bits_or(register, a, b, lanes=LANES):
-    return _registers(_OR, register, a, b, lanes)
+    return of_registers(_OR, register, a, b, lanes)
 
 
 def zero(register, lanes=LANES):
-    return _registers(_XOR, register, register, register, lanes)
+    return of_registers(_XOR, register, register, register, lanes)
 
 
 def load_masks() -> bytes:
@@ -87,7 +88,7 @@ def _mask_at(mask: int) -> int:
 # --- The VEX form -----------------------------------------------------------------------------------------------------
 
 
-def _memory(operation, register, second, base, disp, lanes):
+def of_memory(operation, register, second, base, disp, lanes):
     """An instruction with an operand in memory."""
     encoder.base_checked(base)
     register, second, disp = np.broadcast_arrays(*map(np.atleast_1d, (register, second, np.asarray(disp, np.int64))))
@@ -97,7 +98,7 @@ def _memory(operation, register, second, base, disp, lanes):
     return np.concatenate([code, tail], axis=1)
 
 
-def _registers(operation, register, second, third, lanes):
+def of_registers(operation, register, second, third, lanes):
     """An instruction whose operands are all registers."""
     register, second, third = np.broadcast_arrays(*map(np.atleast_1d, (register, second, third)))
     checked(third, 0, _LAST, "register")

@@ -13,6 +13,7 @@ from reprolib.sparse.cpu import encoder
 from reprolib.sparse.cpu.encoder import BYTES, LEFT, R8, RIGHT, WRITTEN, Operation, checked
 
 NAME, FEATURES = "AVX-512", ("avx512f", "avx512vl")
+PAIRS, words = False, encoder.words  # numbers are float32
 LANES, REGISTERS = 16, 32
 TEMPORARIES = 0  # registers that `multiply_add` needs
 GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen
@@ -25,35 +26,35 @@ _OR, _XOR = Operation(1, 1, 0xEB), Operation(1, 1, 0xEF)  # vpord, vpxord
 
 def load(register, base, disp, lanes=LANES, mask=0):
     """register = memory[base + disp]; lanes outside of mask `mask` (0: all lanes) become zero."""
-    return _memory(encoder.LOAD, register, 0, base, disp, lanes, BYTES[lanes], mask=mask, zeroing=True)
+    return of_memory(encoder.LOAD, register, 0, base, disp, lanes, BYTES[lanes], mask=mask, zeroing=True)
 
 
 def store(register, base, disp, lanes=LANES, mask=0):
     """memory[base + disp] = register; lanes outside of the mask stay as they are."""
-    return _memory(encoder.STORE, register, 0, base, disp, lanes, BYTES[lanes], mask=mask)
+    return of_memory(encoder.STORE, register, 0, base, disp, lanes, BYTES[lanes], mask=mask)
 
 
 def broadcast(register, base, disp, lanes=LANES):
     """Every lane = the 32 bits at memory[base + disp]."""
-    return _memory(encoder.BROADCAST, register, 0, base, disp, lanes, 4)
+    return of_memory(encoder.BROADCAST, register, 0, base, disp, lanes, 4)
 
 
 def multiply_add(total, x, base, disp, lanes=LANES):
     """total += x * the float32 at memory[base + disp]."""
-    return _memory(encoder.MULTIPLY_ADD, total, x, base, disp, lanes, 4, broadcast=True)
+    return of_memory(encoder.MULTIPLY_ADD, total, x, base, disp, lanes, 4, broadcast=True)
 
 
 def maximum(register, a, b, lanes=LANES):
     """register = the larger of a and b, lane by lane; b where one of them is NaN."""
-    return _registers(encoder.MAXIMUM, register, a, b, lanes)
+    return of_registers(encoder.MAXIMUM, register, a, b, lanes)
 
 
 def bits_or(register, a, b, lanes=LANES):
-    return _registers(_OR, register, a, b, lanes)
+    return of_registers(_OR, register, a, b, lanes)
 
 
 def zero(register, lanes=LANES):
-    return _registers(_XOR, register, register, register, lanes)
+    return of_registers(_XOR, register, register, register, lanes)
 
 
 def load_masks() -> bytes:
@@ -71,7 +72,7 @@ def mask_table(lanes: np.ndarray) -> np.ndarray:
 # --- The EVEX form ----------------------------------------------------------------------------------------------------
 
 
-def _memory(operation, register, second, base, disp, lanes, operand_bytes, broadcast=False, mask=0, zeroing=False):
+def of_memory(operation, register, second, base, disp, lanes, operand_bytes, broadcast=False, mask=0, zeroing=False):
     """An instruction with an operand in memory."""
     encoder.base_checked(base)
     disp = np.atleast_1d(np.asarray(disp, np.int64))
@@ -82,7 +83,7 @@ def _memory(operation, register, second, base, disp, lanes, operand_bytes, broad
     return np.concatenate([code, tail], axis=1)
 
 
-def _registers(operation, register, second, third, lanes):
+def of_registers(operation, register, second, third, lanes):
     """An instruction whose operands are all registers."""
     register, second, third = np.broadcast_arrays(*map(np.atleast_1d, (register, second, third)))
     checked(third, 0, REGISTERS - 1, "register")

@@ -6,6 +6,8 @@ slower, never stuck.
 
 from __future__ import annotations
 
+import numpy as np
+
 from reprolib.sparse.compilation import compiled
 from reprolib.sparse.cpu import planner
 from reprolib.sparse.cpu.intrinsics import call, claim, get, let_others_run, pause, prefetch, put, read
@@ -17,7 +19,9 @@ VECTORS = planner.BAND
 SCRATCH = 32 * 64 * VECTORS  # bytes for the sums of a band: at most 32 registers of 64 bytes
 GROUP, GROUPS, PLACE, PLACES, MASKS, MASK_BYTES, SUM_BYTES = range(7)  # of a stage; see Program
 KIND, TASKS, STAGE, SOURCE, SOURCE_STRIDE, TARGET, TARGET_STRIDE, BUNDLE, BUNDLES, BAND, PARTS = range(11)
-CHANNELS, HEIGHT, WIDTH, IMAGES, FIRST, CHANNEL, ROW, COLUMN, ZEROS, ZEROS_END = range(10)  # of a layout, in numbers
+CHANNELS, HEIGHT, WIDTH, IMAGES, FIRST, CHANNEL, ROW, COLUMN, ZEROS, ZEROS_END, PAIRS = range(
+    11
+)  # of a layout, in numbers
 LINGER = 20_000  # pauses for which a helper stays awake after its work: waking up takes long
 
 
@@ -25,13 +29,19 @@ LINGER = 20_000  # pauses for which a helper stays awake after its work: waking 
 def _come_in(x, first_image, layout, arena, at, part, parts):
     """Every so many rows of a bundle of images ``[N, C, H, W]`` into their layout."""
     height, width, images = layout[HEIGHT], layout[WIDTH], layout[IMAGES]
-    rows = layout[CHANNELS] * height
-    for row in range(part, rows, parts):
+    channels, plane = layout[CHANNELS], height * width
+    share = 1 + layout[PAIRS]
+    for row in range(part, -(-channels // share) * height, parts):
         to = at + layout[FIRST] + row // height * layout[CHANNEL] + row % height * layout[ROW]
-        start = (first_image * rows + row) * width
+        channel = row // height * share
+        start = (first_image * channels + channel) * plane + row % height * width
         for w in range(width):
             for i in range(images):
-                put(arena, to + w * layout[COLUMN] + i, get(x, start + i * rows * width + w))
+                number = get(x, start + i * channels * plane + w)
+                if share == 2:
+                    other = get(x, start + (i * channels + 1) * plane + w) if channel + 1 < channels else np.float32(0)
+                    number = paired(number, other)
+                put(arena, to + w * layout[COLUMN] + i, number)
 
 
 @compiled(nogil=True)
@@ -57,20 +67,48 @@ def _fill(arena, at, layout, fills, values, part, parts):
 
 
 @compiled(nogil=True)
+def bfloat16(number):
+    """The bits of the nearest bfloat16, the even one of two; NaN stays NaN."""
+    bits = np.int64(np.float32(number).view(np.uint32))
+    return bits >> 16 | 64 if number != number else bits + 0x7FFF + (bits >> 16 & 1) >> 16
+
+
+@compiled(nogil=True)
+def paired(low, high):
+    """Two numbers, rounded to bfloat16, in the 32 bits of one."""
+    return np.uint32(bfloat16(low) | bfloat16(high) << 16).view(np.float32)
+
+
+@compiled(nogil=True)
 def _larger(a, b):
     """As torch has it: NaN if one of them is."""
     return a if a > b or a != a else b
 
 
 @compiled(nogil=True)
+def _largest(arena, pixel, right, below):
+    """Of four pixels."""
+    above = _larger(get(arena, pixel), get(arena, pixel + right))
+    return _larger(above, _larger(get(arena, pixel + below), get(arena, pixel + below + right)))
+
+
+@compiled(nogil=True)
 def _pool(arena, source, raw, target, layout, first, last):
-    """Max-pool channels where positions share a vector: pixels lie one after the other, images innermost."""
+    """Max-pool channels (or pairs) where positions share a vector: pixels one after the other, images innermost."""
     images, width = raw[IMAGES], layout[WIDTH]
     for c in range(first, last):
         for h in range(layout[HEIGHT]):
-            upper = source + raw[FIRST] + c * raw[CHANNEL] + 2 * h * raw[ROW]
+            upper = source + raw[FIRST] + c * (1 + layout[PAIRS]) * raw[CHANNEL] + 2 * h * raw[ROW]
             lower = upper + raw[ROW]
             to = target + layout[FIRST] + c * layout[CHANNEL] + h * layout[ROW]
+            if layout[PAIRS]:
+                other = raw[CHANNEL]
+                for w in range(width):
+                    for i in range(images):
+                        pixel = upper + 2 * w * images + i
+                        low = _largest(arena, pixel, images, raw[ROW])
+                        put(arena, to + w * images + i, paired(low, _largest(arena, pixel + other, images, raw[ROW])))
+                continue
             if images == 1:
                 for w in range(width):
                     above = _larger(get(arena, upper + 2 * w), get(arena, upper + 2 * w + 1))
@@ -168,8 +206,8 @@ def _do(x, y, arena, base, step, task, slot, tables, layouts, fills, values, sum
         )  # fmt: skip
     elif step[KIND] == POOL:
         raw, layout = layouts[len(stages) + 1 + i], layouts[i + 1]
-        channels = raw[CHANNELS]
-        _pool(arena, source, raw, target, layout, part * channels // parts, (part + 1) * channels // parts)
+        words = raw[CHANNELS] // (1 + layout[PAIRS])
+        _pool(arena, source, raw, target, layout, part * words // parts, (part + 1) * words // parts)
     else:
         layout = layouts[len(stages)]
         _go_out(arena, source, layout, y, bundle * layout[IMAGES])

@@ -49,6 +49,11 @@ def prefetch_code(ahead: int) -> bytes:
     return bytes((0x0F, 0x18, 0x15)) + _signed(ahead)
 
 
+def words(weight: np.ndarray) -> np.ndarray:
+    """Float32 weights ``[C_out, C_in, ..]`` as code reads them, uint32: 0 where there is none (a zero may be -0.0)."""
+    return (weight + np.float32(0)).view(np.uint32)
+
+
 def joined(*parts) -> bytes:
     """Instructions one after the other: bytes, or arrays of equal instructions."""
     return b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)

@@ -57,7 +57,7 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     Raises ValueError where code would read or write outside of its layouts.
     """
     _refuse_wild(stage)
-    weight = stage.layer.weight.reshape(*stage.layer.weight.shape[:2], -1)
+    weight = isa.words(stage.layer.weight.reshape(*stage.layer.weight.shape[:2], -1))
     rows = _group_rows(weight != 0, isa.GROUP_ROWS)
     first_rows = np.append(np.arange(0, len(weight), rows), len(weight))
     kept, chunk_groups, chunk_starts = _in_order(weight != 0, rows, isa.CHUNK_OF_FEW if _streams(stage) else isa.CHUNK)
@@ -72,7 +72,7 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     at = np.arange(len(chunk_of)) - chunk_starts[chunk_of] + biases[chunk_of]
     group, tap, channel, row = kept
     weights = np.zeros(streams[-1], np.float32)
-    weights[streams[chunk_of] + at] = weight[first_rows[group] + row, channel, tap]
+    weights.view(np.uint32)[streams[chunk_of] + at] = weight[first_rows[group] + row, channel, tap]
     output = np.arange(len(weight))
     weights[streams[:-1][is_first][output // rows] + output % rows] = stage.layer.bias
 
@@ -168,24 +168,25 @@ def _epilogue(stage: Stage, isa: ModuleType, size: int, last: bool) -> bytes:
     if not last:
         return encoder.joined(isa.store(sums, RDX, BYTES[lanes] * sums, lanes), encoder.LEAVE)
     spare = isa.REGISTERS - 1
-    disp = sums * (stage.raw if stage.pools_apart else stage.target).channel
-    if not stage.source.interleaved:
-        relu = (isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)) if stage.layer.relu else ()
-        return encoder.joined(*relu, isa.store(sums, RCX, disp, lanes, WRITTEN), encoder.LEAVE)
-    if stage.layer.pool:  # the target holds the maximum so far; it began with the floor of ReLU
-        finish = [
-            (
+    target = stage.raw if stage.pools_apart else stage.target
+    disp = target.to_channel(sums)
+    finish = []
+    if stage.layer.pool and not stage.pools_apart:  # the target holds the maximum so far; it began with ReLU's floor
+        for i in sums:
+            finish += [
                 isa.load(spare, RCX, disp[i], lanes),
+                isa.half(spare, i % 2, lanes) if target.pairs else b"",
                 isa.maximum(i, spare, i, lanes),  # NaN of the sum stays
                 isa.maximum(spare, i, spare, lanes),  # NaN of the target stays
                 isa.bits_or(i, i, spare, lanes),
-            )
-            for i in sums
-        ]
-        finish = [part for parts in finish for part in parts]
-    else:
-        finish = [isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)] if stage.layer.relu else []
-    return encoder.joined(*finish, isa.store(sums, RCX, disp, lanes), encoder.LEAVE)
+            ]
+    elif stage.layer.relu:
+        finish = [isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)]
+    if target.pairs:
+        finish.append(isa.pair(sums[::2], sums[1::2], lanes))
+        sums, disp = sums[::2], disp[::2]
+    mask = 0 if stage.source.interleaved else WRITTEN
+    return encoder.joined(*finish, isa.store(sums, RCX, disp, lanes, mask), encoder.LEAVE)
 
 
 def _assembled(before, packets, chunk_starts, behind) -> tuple[np.ndarray, np.ndarray]:
@@ -214,13 +215,13 @@ def _refuse_wild(stage: Stage) -> None:
     """Every address that the code can reach lies inside of its layout."""
     source, target = stage.source, stage.raw if stage.pools_apart else stage.target
     rows, channels, *kernel = stage.layer.weight.shape
-    farthest = (channels - 1) * source.channel + (kernel[0] - 1) * source.row + (kernel[1] - 1) * source.column
+    farthest = source.to_channel(channels - 1) + (kernel[0] - 1) * source.row + (kernel[1] - 1) * source.column
     vector = BYTES[stage.lanes]
     reached = {
         "read": (stage.places[:, 0].min(), stage.places[:, 0].max() + farthest + vector, source.size),
         "write": (
             stage.places[:, 1].min(),
-            stage.places[:, 1].max() + (rows - 1) * target.channel + vector,
+            stage.places[:, 1].max() + target.to_channel(rows - 1) + vector,
             target.size,
         ),
     }

@@ -27,7 +27,7 @@ class Program:
     """A network for images of one size, `images` at a time: its code in memory, and tables of addresses."""
 
     def __init__(self, layers: list[planner.Layer], height: int, width: int, images: int, isa: ModuleType):
-        self.stages = planner.stages(layers, height, width, images, isa.LANES)
+        self.stages = planner.stages(layers, height, width, images, isa.LANES, isa.PAIRS)
         codes = [generator.generate(stage, isa) for stage in self.stages]
         self.code_bytes = sum(code.code.nbytes for code in codes)
         self.weight_bytes = sum(code.weights.nbytes for code in codes)
@@ -53,7 +53,7 @@ class Program:
             sum_bytes = isa.GROUP_ROWS[0] * BYTES[stage.lanes]
             stages.append((group_count, count, place_count, len(stage.places), masks_at, isa.MASK_BYTES, sum_bytes))
             first = chunk_count + code.first_chunks
-            groups.append(np.stack([first[:-1], first[1:], code.first_rows[:-1] * target.channel], axis=1))
+            groups.append(np.stack([first[:-1], first[1:], target.to_channel(code.first_rows[:-1])], axis=1))
             chunks.append(code.chunks * [1, 4, 1] + [code_at, weights_at, 0])
             places.append(stage.places)
             zeros.append(stage.target.zeros(floor))
@@ -65,13 +65,13 @@ class Program:
         layouts = [self.stages[0].source, *(s.target for s in self.stages), *(s.raw for s in self.stages)]
         numbers = [
             (*at.shape, at.images, at.first // 4, at.channel // 4, at.row // 4, at.column // 4,
-             ends[min(i, len(zeros) - 1)], ends[min(i + 1, len(zeros))])
+             ends[min(i, len(zeros) - 1)], ends[min(i + 1, len(zeros))], at.pairs)
             for i, at in enumerate(layouts)
         ]  # fmt: skip
         fills = np.concatenate(zeros)
         joined = (np.concatenate(part) for part in (groups, chunks, places))
-        values = fills[:, 2].astype(np.float32)
-        return np.array(stages, np.int64), *joined, fills[:, :2].astype(np.int64), values, np.array(numbers, np.int64)
+        values = fills[:, 2].astype(np.uint32).view(np.float32)
+        return np.array(stages, np.int64), *joined, fills[:, :2], values, np.array(numbers, np.int64)
 
     def run(self, x: np.ndarray, threads: int, arenas: list) -> np.ndarray:
         """Images ``[N, C, H, W]``, float32, N a multiple of `images`, through all layers."""

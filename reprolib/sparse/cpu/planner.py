@@ -54,10 +54,16 @@ class Layout:
     halo: int
     images: int  # as many as `lanes`: they share a vector; fewer: positions do
     lanes: int
+    pairs: bool = False  # bfloat16 numbers of two channels, an even and the next one, share 32 bits
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.height, self.width
+
+    @property
+    def words(self) -> int:
+        """Numbers of 32 bits that hold the channels of a pixel."""
+        return -(-self.channels // 2) if self.pairs else self.channels
 
     @property
     def interleaved(self) -> bool:
@@ -65,7 +71,7 @@ class Layout:
 
     @property
     def column(self) -> int:
-        return 4 * (self.channels * self.lanes if self.interleaved else self.images)
+        return 4 * (self.words * self.lanes if self.interleaved else self.images)
 
     @property
     def row(self) -> int:
@@ -85,13 +91,17 @@ class Layout:
     def size(self) -> int:
         if self.interleaved:
             return self.row * (self.height + 2 * self.halo)
-        end = self.first + self.channels * self.channel + self.row + self.column  # what a masked load may touch
+        end = self.first + self.words * self.channel + self.row + self.column  # what a masked load may touch
         return -(-end // 64) * 64 + 64
 
+    def to_channel(self, channel):
+        """Bytes from channel 0 to another."""
+        return channel // (1 + self.pairs) * self.channel
+
     def zeros(self, interior: float | None) -> np.ndarray:
-        """``[ranges, 3]``: start and stop in numbers, and what to fill in: zeros around maps, `interior` inside."""
+        """``[ranges, 3]``: start and stop in numbers, and 32 bits to fill in: zeros around maps, `interior` inside."""
         if not self.interleaved:
-            starts = self.first + np.arange(self.channels) * self.channel + self.height * self.row
+            starts = self.first + np.arange(self.words) * self.channel + self.height * self.row
             ranges = [(0, self.first, 0), *((start, start + self.row * self.halo, 0) for start in starts)]
         else:
             edge, line = self.halo * self.column, self.width * self.column
@@ -99,8 +109,9 @@ class Layout:
             ends = [0, *itertools.chain(*((start, start + line) for start in inner)), self.size]
             ranges = [(a, b, 0) for a, b in zip(ends[::2], ends[1::2], strict=True)] if edge else []
             if interior is not None:
-                ranges += [(start, start + line, interior) for start in inner]
-        return np.array([(a // 4, b // 4, value) for a, b, value in ranges if b > a], float).reshape(-1, 3)
+                bits = int(np.float32(interior).view(np.uint32))  # 0 or infinity: its upper half is the bfloat16
+                ranges += [(start, start + line, bits | bits >> 16 if self.pairs else bits) for start in inner]
+        return np.array([(a // 4, b // 4, bits) for a, b, bits in ranges if b > a], np.int64).reshape(-1, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,29 +136,40 @@ class Stage:
         return self.layer.pool and not self.source.interleaved
 
 
-def stages(layers: list[Layer], height: int, width: int, images: int, lanes: int) -> list[Stage]:
+def stages(layers: list[Layer], height: int, width: int, images: int, lanes: int, pairs: bool = False) -> list[Stage]:
     """Put layers in their places for `images` (1 to `lanes`) images ``[C_in, height, width]``; a vector has `lanes`.
 
-    Raises ValueError where a layer does not fit its input.
+    `pairs`: activations between layers are bfloat16, two channels in 32 bits. Sums, and what the last layer gives, are
+    float32 always. Raises ValueError where a layer does not fit its input.
     """
-    source = Layout(layers[0].weight.shape[1], height, width, layers[0].padding, images, lanes)
+    channels = layers[0].weight.shape[1]
+    source = Layout(channels, height, width, layers[0].padding, images, lanes, pairs)
     found = []
     for layer, follower in itertools.zip_longest(layers, layers[1:]):
         if layer.weight.ndim == 2:
-            layer = replace(layer, weight=layer.weight.reshape(len(layer.weight), *source.shape))
+            layer = replace(layer, weight=layer.weight.reshape(len(layer.weight), channels, *source.shape[1:]))
         c_out, c_in, *kernel = layer.weight.shape
         out = [size + 2 * layer.padding - k + 1 for size, k in zip((source.height, source.width), kernel, strict=True)]
-        if c_in != source.channels or min(out) < 1 + layer.pool:
+        if c_in != channels or min(out) < 1 + layer.pool:
             what = f"{tuple(layer.weight.shape)}{' with a max-pool' * layer.pool}"
-            raise ValueError(f"a layer {what} does not fit maps of {source.channels}x{source.height}x{source.width}")
+            raise ValueError(f"a layer {what} does not fit maps of {channels}x{source.height}x{source.width}")
         if (kernel, layer.padding) not in (([3, 3], 1), ([1, 1], 0)) and (out != [1, 1] or layer.padding):
             raise ValueError(f"a kernel {kernel} with padding {layer.padding} is none of the engine's")
-        raw = Layout(c_out, *out, 0, images, lanes)
+        if pairs:
+            layer = _even(layer, outputs=follower is not None)
+        raw = Layout(len(layer.weight), *out, 0, images, lanes)
         pooled = replace(raw, height=out[0] // 2, width=out[1] // 2) if layer.pool else raw
-        target = replace(pooled, halo=follower.padding if follower else 0)
+        target = replace(pooled, halo=follower.padding, pairs=pairs) if follower else pooled
         found.append(_stage(layer, source, raw, target))
-        source = target
+        source, channels = target, c_out
     return found
+
+
+def _even(layer: Layer, outputs: bool) -> Layer:
+    """A layer with a channel of zeros more where its input channels, and if asked its outputs, make no pairs."""
+    rows, channels = len(layer.weight) % 2 * outputs, layer.weight.shape[1] % 2
+    weight = np.pad(layer.weight, ((0, rows), (0, channels), (0, 0), (0, 0)))
+    return replace(layer, weight=weight, bias=np.pad(layer.bias, (0, rows)))
 
 
 def _stage(layer: Layer, source: Layout, raw: Layout, target: Layout) -> Stage:
