@@ -26,6 +26,7 @@ from reprolib.sparse.layers import SparseConv2d
 from reprolib.training.precision import usable
 
 SPARSE = "sparse kernels"
+SPARSE_BF16 = "sparse kernels, bf16"  # a way of its own: claims and figures are about fp32
 INPUTS = 4  # that take turns
 PEER_SPARSITY = 0.9  # at which PyTorch's BSR product is tuned and timed
 
@@ -43,7 +44,7 @@ def kernel_type(device: str) -> str:
 def network_contenders(
     width: float, seed: int, batch: int, device: str, specs: Specs, others: peers.Peers | None = None
 ) -> list[Contender]:
-    """VGG-16, dense and pruned as each of `specs` says.
+    """VGG-16, dense and pruned as each of `specs` says; in bf16, too, where a CPU has instructions for it.
 
     `others` run the dense network; the pruned ones are for the engine that gains from zeros, at full width and for one
     seed: it compiles each of them for seconds.
@@ -53,6 +54,10 @@ def network_contenders(
     images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
     found = list(_dense_contenders(_folded(dense), images, device))
     found += [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
+    if device == "cpu" and cpu.instruction_sets(pairs=True):
+        for about, model in (_pruned(dense, *spec) for spec in specs):
+            small = sparse.sparsify(model, dtype=torch.bfloat16)
+            found.append(Contender(SPARSE_BF16, "bf16", rotating(small, images, device), **about))
     if others:
         found += peers.dense_contenders(_folded(dense), images, others)
         for engine in others.engines:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from reprolib.bench.peers import USES_ZEROS
-from reprolib.bench.rivals import SPARSE
+from reprolib.bench.rivals import SPARSE, SPARSE_BF16
 from reprolib.experiments import records
 from reprolib.files import paths
 from reprolib.paper.drawing import label, ordered, style
@@ -30,14 +30,16 @@ def peer_rows(latency: pd.DataFrame, sparsity: float = 0.9) -> pd.DataFrame:
     """Dense networks, and those pruned to the target `sparsity` that our kernels and a peer ran, on the same weights.
 
     Out of ``latency.csv``: all rows of those contests that hold both, in the order of the table. Additional columns:
-    ours (run by our kernels); over_ours (the latency over that of our kernels on the same weights, NaN for dense ones).
-    Empty where no such peer was timed.
+    ours (run by our kernels); over_ours (the latency over that of our fp32 kernels on the same weights, NaN for dense
+    ones). Empty where no such peer was timed.
     """
     both = latency["implementation"].str.startswith(USES_ZEROS) & (latency["target_sparsity"] == sparsity)
     rows = latency.merge(latency.loc[both, CONTEST].drop_duplicates(), on=CONTEST)
     rows = rows[rows["target_sparsity"].isin([0.0, sparsity])]
-    rows = rows.assign(ours=rows["implementation"] == SPARSE)
-    ours = rows[rows["ours"] & (rows["pattern"] != "dense")].set_index([*CONTEST, "pattern"])["latency_us"]
+    rows = rows.assign(ours=rows["implementation"].isin([SPARSE, SPARSE_BF16]))
+    ours = rows[(rows["implementation"] == SPARSE) & (rows["pattern"] != "dense")].set_index([*CONTEST, "pattern"])[
+        "latency_us"
+    ]
     rows = rows.join(ours.rename("ours_us"), on=[*CONTEST, "pattern"])
     rows["over_ours"] = rows["latency_us"] / rows.pop("ours_us")
     place = {name: n for n, name in enumerate(["dense", *ordered(rows["pattern"])])}
@@ -61,7 +63,8 @@ def measured(profile: str) -> pd.DataFrame:
 def peer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Texts of `peer_rows`: a row per engine or pattern and engine, a column per batch; a peer's ratio is over ours."""
     texts = rows["latency_us"].map(duration)
-    ratio = rows["over_ours"].map(" ({:.2f}× ours)".format).where(rows["over_ours"].notna() & ~rows["ours"], "")
+    compared = rows["over_ours"].notna() & (rows["implementation"] != SPARSE)
+    ratio = rows["over_ours"].map(" ({:.2f}× ours)".format).where(compared, "")
     named = pd.DataFrame({"way": _names(rows), "batch": rows["batch"], "text": texts + ratio})
     table = named.pivot(index="way", columns="batch", values="text").loc[named["way"].unique()].fillna("")
     return table.rename(columns="batch {}".format).rename_axis(index=None, columns=None)
@@ -70,6 +73,7 @@ def peer_table(rows: pd.DataFrame) -> pd.DataFrame:
 def _names(rows: pd.DataFrame) -> pd.Series:
     engines = rows["implementation"].where(~rows["ours"], "our kernels")
     engines = engines.mask(rows["ours"] & (rows["pattern"] == "dense"), "our kernels, no zeros")
+    engines = engines.mask(rows["implementation"] == SPARSE_BF16, "our kernels in bf16")
     pruned = rows["pattern"].map(label) + ", " + (100 * rows["target_sparsity"]).map("{:g} %".format)
     dense = "dense " + rows["dtype"]
     return dense.where(rows["pattern"] == "dense", pruned) + ": " + engines
@@ -99,8 +103,9 @@ def peer_latency(rows: pd.DataFrame) -> Figure:
         for pattern, pair in pruned[pruned["batch"] == batch].groupby("pattern"):
             y, (color, marker) = lines.index(pattern), style(pattern)
             for row in pair.itertuples():
-                _point(axis, row, y, color, marker, filled=row.ours)
-            theirs, ours = (pair.loc[pair["ours"] == mine] for mine in (False, True))
+                small = row.implementation == SPARSE_BF16
+                _point(axis, row, y, color, "|" if small else marker, filled=row.ours)
+            theirs, ours = pair[~pair["ours"]], pair[pair["implementation"] == SPARSE]
             if len(theirs) and len(ours):
                 ends = [ours["latency_us"].iloc[0] / 1e3, theirs["latency_us"].iloc[0] / 1e3]
                 axis.plot(ends, [y, y], color=color, linewidth=1.2, zorder=1)
@@ -117,8 +122,11 @@ def peer_latency(rows: pd.DataFrame) -> Figure:
     axes[0, 0].set_yticks(range(len(lines)), names)
     axes[0, 0].set_ylim(len(lines) - 0.5, -0.5)
     peer = pruned.loc[~pruned["ours"], "implementation"].iloc[0]
-    for filled, text in ((True, "our kernels"), (False, peer)):
-        axes[0, -1].plot([], [], "o", color="#777777", markerfacecolor="#777777" if filled else "white", label=text)
+    ways = [("o", "#777777", "our kernels"), ("o", "white", peer)]
+    if (rows["implementation"] == SPARSE_BF16).any():
+        ways.insert(1, ("|", "#777777", "our kernels in bf16"))
+    for marker, face, text in ways:
+        axes[0, -1].plot([], [], marker, color="#777777", markerfacecolor=face, label=text, linestyle="")
     axes[0, -1].legend(
         title=f"{100 * pruned['target_sparsity'].iloc[0]:g} % sparse; on lines:\n{peer.split()[0]} over ours",
         frameon=False,
@@ -137,7 +145,7 @@ def _point(axis: plt.Axes, row: tuple, y: int, color: str, marker: str, filled: 
         xerr=[[median - low], [high - median]],
         color=color,
         marker=marker,
-        markersize=10 if marker == "*" else 7,
+        markersize={"*": 10, "|": 12}.get(marker, 7),
         markerfacecolor=color if filled else "white",
         linestyle="",
         linewidth=1,

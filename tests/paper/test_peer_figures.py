@@ -25,6 +25,7 @@ batch,seed,dtype,pattern,target_sparsity,implementation,latency_us
 1,0,fp32,hybrid,0.5,DeepSparse 1.8.0,7000
 1,0,fp32,unstructured,0.9,sparse kernels,5000
 1,0,fp32,unstructured,0.9,DeepSparse 1.8.0,3500
+1,0,bf16,unstructured,0.9,"sparse kernels, bf16",4500
 64,0,fp32,dense,0,"oneDNN, channels last",200000
 64,0,fp32,hybrid,0.9,sparse kernels,40000
 64,0,fp32,hybrid,0.9,DeepSparse 1.8.0,50000
@@ -56,6 +57,7 @@ def test_table_holds_engines_then_patterns_and_who_is_faster(latency):
         "dense fp32: our kernels, no zeros": ["11.0 ms", ""],
         "unstructured, 90 %: DeepSparse 1.8.0": ["3.50 ms (0.70× ours)", ""],
         "unstructured, 90 %: our kernels": ["5.00 ms", ""],
+        "unstructured, 90 %: our kernels in bf16": ["4.50 ms (0.90× ours)", ""],
         "hybrid, 90 %: DeepSparse 1.8.0": ["3.00 ms (0.75× ours)", "50.0 ms (1.25× ours)"],
         "hybrid, 90 %: our kernels": ["4.00 ms", "40.0 ms"],
     }
@@ -88,4 +90,4 @@ def test_figure_joins_the_two_that_ran_the_same_weights(latency):
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert names[-2:] == ["unstructured", "hybrid"] and names[0] == "dense fp32: OpenVINO 2026.4.1"
     marks = {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
-    assert marks == {"our kernels", "DeepSparse 1.8.0"}
+    assert marks == {"our kernels", "our kernels in bf16", "DeepSparse 1.8.0"}

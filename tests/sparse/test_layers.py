@@ -15,6 +15,7 @@ from reprolib.models import vgg16, weights
 from reprolib.patterns import NM, Balanced, Block, Unstructured
 from reprolib.pruning import apply_masks, make_masks, prunable
 from reprolib.sparse import SparseConv2d, SparseLinear, cpu, cuda, describe, layers, sparsify
+from reprolib.sparse.cpu import avx512, avx512bf16
 from reprolib.sparse.layers import SparseLayer, SparseSequential, run
 
 
@@ -539,7 +540,7 @@ def test_gradients_of_the_dense_layer_do_not_follow():
 
 
 def test_run_prepares_each_layer_once(sparse, monkeypatch):
-    monkeypatch.setattr(cpu, "instruction_sets", lambda: ())
+    monkeypatch.setattr(cpu, "instruction_sets", lambda pairs=False: ())
     layers = copy.deepcopy(list(sparse))
     for layer in layers[0], layers[2]:
         layer._plans.clear()
@@ -643,7 +644,7 @@ def test_batch_norm_is_folded_in_float64(dtype):
 @pytest.mark.parametrize("batch", [2, 9, 16])
 def test_nan_reaches_every_pool_that_sees_it(portable, relu, batch, monkeypatch):
     if portable:
-        monkeypatch.setattr(cpu, "instruction_sets", lambda: ())
+        monkeypatch.setattr(cpu, "instruction_sets", lambda pairs=False: ())
     layer = nn.Conv2d(1, 1, 1)
     nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
     sparse = SparseConv2d.from_dense(layer, relu=relu, pool=True)
@@ -658,7 +659,7 @@ def test_nan_reaches_every_pool_that_sees_it(portable, relu, batch, monkeypatch)
 @pytest.mark.parametrize("portable", [False, True])
 def test_default_type_and_device_do_not_matter(dense, portable, monkeypatch):
     if portable:
-        monkeypatch.setattr(cpu, "instruction_sets", lambda: ())
+        monkeypatch.setattr(cpu, "instruction_sets", lambda pairs=False: ())
     x = images(9, 3, 4, 4)
     expected = sparsify(dense)(x)
     model = sparsify(dense)
@@ -670,6 +671,37 @@ def test_default_type_and_device_do_not_matter(dense, portable, monkeypatch):
     with torch.device("meta"):
         assert torch.equal(sparsify(dense)(x), expected)
     assert torch.equal(model(x), expected)
+
+
+def test_bfloat16_keeps_rounded_weights_and_says_so(dense, monkeypatch):
+    monkeypatch.setattr(cpu, "instruction_sets", lambda pairs=False: (avx512bf16,) if pairs else (avx512,))
+    model, other = sparsify(dense, dtype=torch.bfloat16), sparsify(dense)
+    for layer, same in zip(model.modules(), other.modules(), strict=True):
+        if isinstance(layer, SparseConv2d):
+            assert torch.equal(layer.weight.unpack().float(), same.weight.unpack().bfloat16().float())
+            assert torch.equal(layer.bias, same.bias)
+    assert set(describe(model)["runs_in"]) == {"code made for the weights (AVX-512 with bfloat16)"}
+    assert (describe(model)["storage_bytes"] < describe(other)["storage_bytes"]).all()
+    assert "bfloat16" in str(model) and "bfloat16" not in str(other)
+
+
+@pytest.mark.skipif(not cpu.instruction_sets(pairs=True), reason="this CPU has no instructions for bfloat16")
+@pytest.mark.parametrize("batch", [1, 5, 16, 40])
+def test_bfloat16_is_near_float32(dense, batch):
+    x = images(batch, 3, 4, 4)
+    expected = sparsify(dense)(x)
+    result = sparsify(dense, dtype=torch.bfloat16)(x)
+    assert result.dtype == torch.float32
+    assert (result - expected).norm() < 0.02 * expected.norm()
+
+
+def test_bfloat16_without_instructions_for_it_is_refused(dense, monkeypatch):
+    monkeypatch.setattr(cpu, "instruction_sets", lambda pairs=False: () if pairs else (avx512,))
+    for device in (None, "cpu", "cuda"):
+        with pytest.raises(RuntimeError, match=r"avx512_bf16.*leave dtype out"):
+            sparsify(dense, device, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"dtype torch\.float16 is not supported"):
+        sparsify(dense, dtype=torch.float16)
 
 
 def test_network_through_the_gpu_kernels_specification(monkeypatch):
