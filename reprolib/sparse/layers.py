@@ -216,8 +216,8 @@ def sparsify(
     the kernels calculate in fp16 with fp32 sums.
 
     `device` moves the copy; by default it stays where the model is. With the `dtype` bfloat16, weights and activations
-    of packed layers are rounded to it (8 bits of a fraction), and sums stay float32: up to twice as fast where kept
-    weights are neighbours, with errors of about 1 %. It needs a CPU that has instructions for it.
+    of packed layers are rounded to it (8 bits of a fraction), and sums stay float32: half the instructions where kept
+    weights are neighbours (docs/speed.md: what it costs). It needs a CPU that has instructions for it.
 
     Raises ValueError for a model in training mode, for weights that are computed anew at each forward pass and for
     another `dtype`, and RuntimeError where the device's kernels can't run.
