@@ -324,3 +324,11 @@ def test_commit_is_the_one_of_this_checkout(tmp_path, monkeypatch):
     assert commit_of(others / "unpacked") == "unknown"
     monkeypatch.setenv("GIT_DIR", str(others / ".git"))
     assert commit_of(ours) == named
+
+
+def test_binder_finds_what_it_builds_from():
+    """repo2docker reads environment.yml at the top, unless there is a folder of its own, and does no more."""
+    assert not (paths.ROOT / "binder").exists() and not (paths.ROOT / ".binder").exists()
+    lines = (paths.ROOT / "environment.yml").read_text().splitlines()
+    assert "      - -c requirements.lock" in lines
+    assert any(line.startswith("      - -e .") for line in lines), "notebooks import reprolib"
