@@ -30,7 +30,6 @@ from reprolib.workflow import embedding, report
 TEMPLATE = Path(__file__).with_name("site.html")
 FIRST = "README.md"
 NOT_RUN = "The notebook as it is committed, not run: its figures are committed results. make lab opens it to run."
-HIDDEN = ("__pycache__", ".ipynb_checkpoints")
 
 
 def write(folder: Path) -> int:
@@ -121,7 +120,7 @@ def body(source: str, link: Callable[[str], str]) -> Markup:
     """The content of a file as HTML; of a folder, the list of what is in it."""
     path = paths.ROOT / source
     if path.is_dir():
-        names = sorted(each.name for each in path.iterdir() if each.name not in HIDDEN)
+        names = sorted(each.name for each in path.iterdir() if not each.name.startswith((".", "__pycache__")))
         items = [f'<li><a href="{link(f"{path.name}/{name}")}">{escape(name)}</a></li>' for name in names]
         return Markup(f"<ul>{''.join(items)}</ul>")
     if source.endswith(".ipynb"):
