@@ -14,7 +14,7 @@ GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES)
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint strip reproduce figures report trace sweep bench bench-peers bench-train lab lock clean
+.PHONY: help env data test lint strip reproduce figures report site trace sweep bench bench-peers bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ figures: env ## redraw figures and tables from the tables of PROFILE, without tr
 report: env ## make one page of PROFILE (laptop): claims, figures, notebooks, steps and provenance, for any browser
 	@$(GRAPH) report --profile "$(or $(PROFILE),laptop)"
 
+site: env ## write README, docs, notebooks, sources and results as pages into site/, for any web server
+	@$(BIN)/python -m reprolib.workflow.site
+
 trace: env ## show what a number rests on: CLAIM=1 or CELL=hybrid@95, of PROFILE (laptop)
 	@$(BIN)/python -m reprolib.paper.trace --profile "$(or $(PROFILE),laptop)" $(if $(CELL),--cell "$(CELL)",--claim "$(CLAIM)")
 
@@ -66,7 +69,7 @@ bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cu
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
 
 lab: env ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 lock: env ## renew requirements.lock from environment.yml, and requirements-peers.lock from requirements-peers.in
 	$(BIN)/python -c 'from ruamel.yaml import YAML; [print(p) for d in YAML().load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \

@@ -71,6 +71,11 @@ def report(profile: str) -> Path:
     return results(profile) / "report.html"
 
 
+def site() -> Path:
+    """Folder of the pages that ``make site`` writes."""
+    return ROOT / "site"
+
+
 def executed(profile: str) -> Path:
     """Folder of the notebooks that the graph has run."""
     return results(profile) / "notebooks"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from reprolib.files import paths
 from reprolib.paper import accuracy_figures, claims, trace
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE, STYLE = Path(__file__).with_name("report.html"), Path(__file__).with_name("page.css")
 MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?", "no data": "–"}  # beside the word, for every eye
 TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 UNKNOWN = "not recorded"
@@ -75,10 +76,10 @@ def provenance(tables: dict[str, pd.DataFrame], dates: dict[str, str]) -> list[d
     return found
 
 
-def render(content: dict) -> str:
+def render(content: dict, template: Path = TEMPLATE) -> str:
     """The page around its sections. Texts are escaped; what is HTML already comes as ``markupsafe.Markup``."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(content, marks=MARKS)
+    style = Markup(STYLE.read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(content, marks=MARKS, style=style)

@@ -1,8 +1,9 @@
-"""Executed notebooks as parts of a page: no script, no style that reaches beyond its table, nothing from outside."""
+"""Notebooks as parts of a page: no script, no style that reaches beyond its table, nothing from outside."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from html.parser import HTMLParser
@@ -12,6 +13,10 @@ import nbformat
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
+from nbformat import NotebookNode
+
+from reprolib.files import paths
+from reprolib.paper.report import TYPES, data_uri
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STILL = "<p><em>Controls stood here: they move in <code>make lab</code>.</em></p>"
@@ -54,13 +59,27 @@ def title(path: Path) -> str:
 
 def fragment(path: Path) -> Markup:
     """An executed notebook as HTML that can stand inside a page, beside others."""
-    notebook = nbformat.read(path, as_version=4)
+
+    def link(href: str) -> str:
+        if href.startswith("#"):
+            return f"#{_prefix(path)}-{href[1:]}"
+        return f"#nb{href[:2]}" if re.match(r"\d\d_\w+\.ipynb", href) else ""
+
+    return html(nbformat.read(path, as_version=4), paths.NOTEBOOKS, link, f"{_prefix(path)}-")
+
+
+def html(notebook: NotebookNode, folder: Path, link: Callable[[str], str], prefix: str = "") -> Markup:
+    """A notebook as HTML that can stand inside a page.
+
+    Its Markdown names pictures as seen from `folder`: they are in the HTML. `link` says where a link leads, other than
+    to the web; an empty text takes the link away. `prefix` goes before each id.
+    """
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.get("data", {}).pop(WIDGET, None):
                 output.data["text/html"] = STILL
     body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
-    inside = _Inside(_prefix(path))
+    inside = _Inside(folder, link, prefix)
     inside.feed(body)
     inside.close()
     return Markup("".join(inside.parts))
@@ -73,9 +92,10 @@ def _prefix(path: Path) -> str:
 class _Inside(HTMLParser):
     """Copies HTML, with ids that no other notebook has, and without what would act on, or ask for, anything outside."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, folder: Path, link: Callable[[str], str], prefix: str) -> None:
         super().__init__(convert_charrefs=False)
-        self.prefix, self.parts, self.style, self.skipped = prefix, [], "", ""
+        self.folder, self.link, self.prefix = folder, link, prefix
+        self.parts, self.style, self.skipped = [], "", ""
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "style"):
@@ -92,19 +112,25 @@ class _Inside(HTMLParser):
     def _attribute(self, tag: str, name: str, value: str) -> str:
         if name == "id":
             value = self._own(value)
-        elif name == "href" and value.startswith("#"):
-            value = f"#{self._own(value[1:])}"
-        elif name == "href" and re.match(r"\d\d_\w+\.ipynb", value):
-            value = f"#nb{value[:2]}"
-        elif (name == "href" and not value.startswith("http")) or (name == "src" and not value.startswith("data:")):
-            return ""  # it leads out of the page
+        elif name == "href" and not value.startswith("http"):
+            value = self.link(value)
+        elif name == "src" and not value.startswith("data:"):
+            value = self._picture(value)
         elif name.startswith("on") or name == "srcset":
             return ""
+        if name in ("href", "src") and not value:
+            return ""  # it would lead out of the page
         return f' {name}="{escape(value)}"'
 
     def _own(self, name: str) -> str:
         """Pandas' own names, which its styles use, are unique already."""
-        return name if name.startswith("T_") else f"{self.prefix}-{name}"
+        return name if name.startswith("T_") else f"{self.prefix}{name}"
+
+    def _picture(self, source: str) -> str:
+        """A committed figure as an address that holds it; empty for any other source."""
+        path = (self.folder / source).resolve()
+        is_figure = path.is_relative_to(paths.ROOT / "figures") and path.suffix in TYPES and path.is_file()
+        return data_uri(path) if is_figure else ""
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "style" and "#T_" in self.style:  # of one table; pandas' others would reach every table of the page

@@ -36,8 +36,11 @@ def write(profile: Profile) -> Path:
     return path
 
 
-def page(profile: Profile) -> str:
-    """The page, from tables, figures and executed notebooks as they lie there: equal ones give equal pages."""
+def page(profile: Profile, home: str = "") -> str:
+    """The page, from tables, figures and executed notebooks as they lie there: equal ones give equal pages.
+
+    `home` is the address of the pages around it, if it stands among others.
+    """
     tables = {
         path(profile.name).name: records.read_csv(path(profile.name)) for path in TABLES if path(profile.name).exists()
     }
@@ -47,6 +50,7 @@ def page(profile: Profile) -> str:
     dates = commit_dates({c for table in tables.values() for c in table["commit"].dropna()})
     content = {
         "profile": profile,
+        "home": home,
         "code": records.commit(),
         "claims": claims,
         "figures": figures(profile.name, notebooks),

@@ -292,6 +292,7 @@ def test_declared_dependencies_are_those_of_the_environment():
     lines = re.findall(r"      - ([a-z][^#\n]*?) *(?:#.*)?\n", (paths.ROOT / "environment.yml").read_text())
     listed = {canonicalize_name(Requirement(line).name) for line in lines}
     tools = {"cuda-toolkit", "setuptools", "uv", "pytest", "pytest-xdist", "hypothesis", "ruff", "nbstripout"}
+    tools |= {"websocket-client"}
     assert listed - declared == tools and declared <= listed
 
 
@@ -323,3 +324,11 @@ def test_commit_is_the_one_of_this_checkout(tmp_path, monkeypatch):
     assert commit_of(others / "unpacked") == "unknown"
     monkeypatch.setenv("GIT_DIR", str(others / ".git"))
     assert commit_of(ours) == named
+
+
+def test_binder_finds_what_it_builds_from():
+    """repo2docker reads environment.yml at the top, unless there is a folder of its own, and does no more."""
+    assert not (paths.ROOT / "binder").exists() and not (paths.ROOT / ".binder").exists()
+    lines = (paths.ROOT / "environment.yml").read_text().splitlines()
+    assert "      - -c requirements.lock" in lines
+    assert any(line.startswith("      - -e .") for line in lines), "notebooks import reprolib"

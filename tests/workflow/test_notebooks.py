@@ -155,6 +155,23 @@ def test_has_the_form_of_the_house(notebook):
     assert any("## Try this" in cell.source for cell in cells)
 
 
+def test_figures_in_the_text_are_committed_and_say_so():
+    listed = subprocess.run(["git", "ls-files"], cwd=paths.ROOT, capture_output=True, text=True, check=True)
+    tracked, shown = listed.stdout.splitlines(), {}
+    for notebook in ALL:
+        for cell in nbformat.read(notebook, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", cell.source)
+                assert len(pictures) == cell.source.count("*Committed result:*") == cell.source.count("![")
+                for told, source in pictures:
+                    path = (notebook.parent / source).resolve()
+                    assert str(path.relative_to(paths.ROOT)) in tracked and path.is_file()
+                    assert len(told) > 20, "who cannot see the picture reads this"
+                    shown.setdefault(notebook.stem[:2], []).append(path.name)
+    drawn = {number: sorted(name for name in names if name.endswith(".png")) for number, names in FILES.items()}
+    assert {number: sorted(names) for number, names in shown.items()} == drawn
+
+
 def test_unknown_parameter_is_an_error_that_names_the_known_ones(tmp_path, write_notebook):
     notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 1  # first\nbeta: int = 2  # second")
     with pytest.raises(ValueError, match="no parameter gamma: it knows alpha, beta"):

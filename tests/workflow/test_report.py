@@ -78,7 +78,9 @@ def home(tmp_path, monkeypatch):
     widget = nbformat.v4.new_output("display_data", {embedding.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"})
     cells = [
         markdown("# 03 · Accuracy\n\n**Question.** See [07](07_claims.ipynb), [the code](../docs/code.md)."),
-        markdown("## The figure\n\nA caption & its `code`.\n\nMore."),
+        markdown(
+            "## The figure\n\nA caption & its `code`.\n\nMore.\n\n![It](../figures/laptop/claims.png)\n![No](no.png)"
+        ),
         code(drawing, execution_count=4, outputs=[hostile, widget], id="drawing-cell"),
     ]
     executed(paths.executed(profile.name) / "03.ipynb", cells, profile=profile.name)
@@ -176,6 +178,11 @@ def test_notebooks_stand_side_by_side(page):
     assert '<a href="#nb07">07</a>' in page.text and "<a>the code</a>" in page.text
     assert "they move in <code>make lab</code>" in page.text
     assert len({name for name in of_notebooks if "cell-id" in name}) == 5
+
+
+def test_a_committed_figure_that_a_notebook_names_is_in_the_page(page):
+    committed = sections.data_uri(paths.ROOT / "figures" / "laptop" / "claims.png")
+    assert f'<img alt="It" src="{committed}">' in page.text and '<img alt="No">' in page.text
 
 
 def test_rows_are_counted_where_they_come_from():
