@@ -19,7 +19,7 @@ from reprolib.files import paths
 
 NAMES = ("noisy-digits", "cifar10", "cifar100")
 NOISE = 200.0  # on digits: standard deviation, where black is 0 and white 255; without it pruning costs next to nothing
-TRAINING_COPIES, TEST_COPIES = 2, 5  # of each digit, each with noise of its own; for validation as many as for testing
+COPIES, TEST_COPIES = 2, 5  # of each digit, each with its own noise; more for the test, which is read only at the end
 CONNECTION_S = 15.0  # how long a silent network is waited for
 
 
@@ -134,8 +134,8 @@ def _noisy_digits() -> Dataset:
     names = [str(label) for label in digits.target_names]
     clean = _dataset("noisy-digits", names, images[~is_test], digits.target[~is_test], test, flip=False, pad=2)
     generator = np.random.default_rng(0)
-    train = _noisy_copies(clean.train, TRAINING_COPIES, generator)
-    validation = _noisy_copies(clean.validation, TEST_COPIES, generator)
+    train = _noisy_copies(clean.train, COPIES, generator)
+    validation = _noisy_copies(clean.validation, COPIES, generator)
     test = _noisy_copies(clean.test, TEST_COPIES, generator)
     mean, std = _channel_statistics(train.images.numpy())
     return replace(clean, train=train, validation=validation, test=test, mean=mean, std=std)
