@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # results are bit-identical for equal thread counts
 
 @pytest.fixture(scope="session")
 def digits():
-    return data.load("digits")
+    return data.load("noisy-digits")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ STYLE = {
 }
 SPARE_COLORS = sns.color_palette("dark")
 VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#777777", "no data": "#BBBBBB"}
-DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cpu": "CPU", "cuda": "GPU"}
+DATASETS = {"noisy-digits": "noisy digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cpu": "CPU", "cuda": "GPU"}
 
 
 def theme() -> None:

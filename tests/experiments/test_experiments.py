@@ -13,7 +13,7 @@ from reprolib.experiments import Dense, Pruned, check_target, load_model, record
 from reprolib.patterns import Balanced, Block
 from reprolib.training import Recipe, data
 
-DENSE = Dense("digits", Recipe(epochs=1, batch_size=32, lr=0.02), width=1 / 16)
+DENSE = Dense("noisy-digits", Recipe(epochs=1, batch_size=32, lr=0.02), width=1 / 16)
 HYBRID = Pruned(DENSE, "Balanced(4) & Block(4, 4)", 0.75, epochs=2)
 
 
@@ -50,17 +50,17 @@ def zeros(experiment, folder):
 
 def test_ids_are_readable_and_do_not_change():
     """A changed id would orphan the results of everyone who has some."""
-    assert DENSE.run_id == "digits-vgg16x0.0625-seed0-dense-10185bac"
-    assert HYBRID.run_id == "digits-vgg16x0.0625-seed0-hybrid-75pct-8ed176fc"
+    assert DENSE.run_id == "noisy-digits-vgg16x0.0625-seed0-dense-91284e93"
+    assert HYBRID.run_id == "noisy-digits-vgg16x0.0625-seed0-hybrid-75pct-f8d87c82"
     block = replace(HYBRID, pattern="Block(4, 4)")
-    assert block.run_id == "digits-vgg16x0.0625-seed0-block-75pct-f7d6dbfb"
+    assert block.run_id == "noisy-digits-vgg16x0.0625-seed0-block-75pct-712f6eb8"
     one_shot = replace(HYBRID, schedule="one-shot")
-    assert one_shot.run_id == "digits-vgg16x0.0625-seed0-hybrid-75pct-7446c501"
+    assert one_shot.run_id == "noisy-digits-vgg16x0.0625-seed0-hybrid-75pct-d4d2fdfa"
 
 
 def test_no_record_of_the_refitting_rule_stands_for_a_nested_one():
     """What version 0.1 called these hybrids, whose masks were refitted without a word in the record."""
-    old = {"digits-vgg16x0.0625-seed0-hybrid-75pct-b5c3a3a8"}
+    old = {"noisy-digits-vgg16x0.0625-seed0-hybrid-75pct-2defd085"}
     new = {HYBRID.run_id, replace(HYBRID, masks="refitted").run_id}
     assert len(old | new) == 3
 
@@ -174,7 +174,7 @@ def test_no_field_takes_a_value_of_another_kind(kind, name, value):
 
 
 def test_unknown_data_set_is_refused_before_it_runs():
-    with pytest.raises(ValueError, match="unknown data set 'mnist': known are digits, cifar10, cifar100"):
+    with pytest.raises(ValueError, match="unknown data set 'mnist': known are noisy-digits, cifar10, cifar100"):
         replace(DENSE, dataset="mnist")
 
 
@@ -256,7 +256,7 @@ def test_row_has_every_column_of_the_results_table(folder):
     row = run(HYBRID, folder)["row"]
     expected = {
         "run_id": HYBRID.run_id,
-        "dataset": "digits",
+        "dataset": "noisy-digits",
         "model": "vgg16",
         "width": 0.0625,
         "pattern": "hybrid",
@@ -458,6 +458,6 @@ def test_network_of_an_experiment_that_has_not_run_is_asked_for(tmp_path):
 
 def test_diverging_training_names_the_experiment_and_the_remedy(tmp_path):
     diverging = replace(DENSE, recipe=replace(DENSE.recipe, lr=1e30))
-    with pytest.raises(ValueError, match="digits, seed 0, dense: training diverged in epoch 1 "):
+    with pytest.raises(ValueError, match="noisy-digits, seed 0, dense: training diverged in epoch 1 "):
         run(diverging, tmp_path)
     assert not list(tmp_path.rglob("record.json"))

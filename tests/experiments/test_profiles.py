@@ -17,7 +17,7 @@ from reprolib.training import Recipe
 SETTINGS = {
     "purpose": "tests",
     "threads": 1,
-    "datasets": ["digits", "cifar10"],
+    "datasets": ["noisy-digits", "cifar10"],
     "width": 0.25,
     "hidden": [8],
     "seeds": [0, 1],
@@ -51,10 +51,10 @@ def load(tmp_path, monkeypatch):
 
 def test_profile_builds_the_experiments_of_a_method(load):
     profile = load()
-    half, three_quarters = profile.pruned("block", "digits", 1)
+    half, three_quarters = profile.pruned("block", "noisy-digits", 1)
     assert (half.sparsity, three_quarters.sparsity) == (0.5, 0.75)
-    assert half.dense == three_quarters.dense == profile.dense("digits", 1)
-    assert (half.dense.dataset, half.dense.seed, half.dense.width, half.dense.hidden) == ("digits", 1, 0.25, (8,))
+    assert half.dense == three_quarters.dense == profile.dense("noisy-digits", 1)
+    assert (half.dense.dataset, half.dense.seed, half.dense.width, half.dense.hidden) == ("noisy-digits", 1, 0.25, (8,))
     assert half.dense.recipe == Recipe(epochs=3, lr=0.05)
     assert (half.pattern, half.epochs) == ("Block(4, 4)", 2)
 
@@ -63,7 +63,7 @@ def test_method_may_restrict_sparsities_seeds_and_data_sets_and_set_fields(load)
     profile = load()
     [only] = profile.pruned("small", "cifar10", 0)
     assert (only.sparsity, only.epochs) == (0.9, 1)
-    assert profile.pruned("small", "digits", 0) == profile.pruned("small", "cifar10", 1) == []
+    assert profile.pruned("small", "noisy-digits", 0) == profile.pruned("small", "cifar10", 1) == []
 
 
 def test_plan_puts_what_tells_most_first(load):
@@ -75,25 +75,25 @@ def test_plan_puts_what_tells_most_first(load):
         for e in plan
     ]
     assert short == [
-        "digits 0",
+        "noisy-digits 0",
         "cifar10 0",
-        "digits 0 block 0.95",
+        "noisy-digits 0 block 0.95",
         "cifar10 0 block 0.95",
-        "digits 0 vector 0.9",
+        "noisy-digits 0 vector 0.9",
         "cifar10 0 vector 0.9",
-        "digits 0 vector 0.5",
-        "digits 0 block 0.5",
+        "noisy-digits 0 vector 0.5",
+        "noisy-digits 0 block 0.5",
         "cifar10 0 vector 0.5",
         "cifar10 0 block 0.5",
         "cifar10 0 block 0.9",  # the ablation
-        "digits 1",
+        "noisy-digits 1",
         "cifar10 1",
-        "digits 1 block 0.95",
+        "noisy-digits 1 block 0.95",
         "cifar10 1 block 0.95",
-        "digits 1 vector 0.9",
+        "noisy-digits 1 vector 0.9",
         "cifar10 1 vector 0.9",
-        "digits 1 vector 0.5",
-        "digits 1 block 0.5",
+        "noisy-digits 1 vector 0.5",
+        "noisy-digits 1 block 0.5",
         "cifar10 1 vector 0.5",
         "cifar10 1 block 0.5",
     ]
@@ -123,11 +123,11 @@ def test_dry_run_takes_two_seeds_so_that_claims_get_intervals(load):
 
 
 def test_coverage_counts_what_is_trained_and_estimates_the_rest(load):
-    profile = load(datasets=["digits"], ablations={})
-    done = [profile.dense("digits", 0), *profile.pruned("block", "digits", 0)]
-    rows = [{"run_id": e.run_id, "dataset": "digits", "epochs": epochs(e), "wall_time_s": 3600.0} for e in done]
+    profile = load(datasets=["noisy-digits"], ablations={})
+    done = [profile.dense("noisy-digits", 0), *profile.pruned("block", "noisy-digits", 0)]
+    rows = [{"run_id": e.run_id, "dataset": "noisy-digits", "epochs": epochs(e), "wall_time_s": 3600.0} for e in done]
     table = profiles.coverage(profile, pd.DataFrame(rows))
-    assert table.index.tolist() == [("digits", "dense"), ("digits", "block"), ("digits", "hybrid")]
+    assert table.index.tolist() == [("noisy-digits", "dense"), ("noisy-digits", "block"), ("noisy-digits", "hybrid")]
     assert table["asked"].tolist() == [2, 4, 2] and table["trained"].tolist() == [1, 2, 0]
     assert table["missing"].tolist() == ["seed 1", "seed 1: 50, 75 %", "seed 1: 50, 75 %"]
     # Three hours for 3 + 2 * 2 epochs; 3, 4 and 4 epochs are missing.
@@ -135,10 +135,10 @@ def test_coverage_counts_what_is_trained_and_estimates_the_rest(load):
 
 
 def test_coverage_keeps_the_rows_of_a_data_set_together(load):
-    profile = load(datasets=["digits", "cifar10"], ablations={})
+    profile = load(datasets=["noisy-digits", "cifar10"], ablations={})
     empty = pd.DataFrame(columns=["run_id", "dataset", "epochs", "wall_time_s"])
     assert profiles.coverage(profile, empty).index.tolist() == [
-        (dataset, method) for dataset in ("digits", "cifar10") for method in ("dense", "block", "hybrid")
+        (dataset, method) for dataset in ("noisy-digits", "cifar10") for method in ("dense", "block", "hybrid")
     ]
 
 
@@ -209,7 +209,7 @@ def test_numbers_mean_what_they_say(load, tmp_path):
 
 def test_unknown_method_is_refused_with_the_choice(load):
     with pytest.raises(ValueError, match="unknown method 'blok' in profile mine: known are block, hybrid, small"):
-        load().pruned("blok", "digits", 0)
+        load().pruned("blok", "noisy-digits", 0)
 
 
 # --- The profiles that come with the project --------------------------------------------------------------------------

@@ -103,9 +103,9 @@ def test_commit_that_looks_like_a_number_stays_text(commit, tmp_path):
 @pytest.fixture
 def rows():
     return [
-        {"dataset": "digits", "pattern": "dense", "seed": 0, "run_id": "d"},
-        {"dataset": "digits", "pattern": "block", "target_sparsity": 0.9, "seed": 0, "run_id": "b9"},
-        {"dataset": "digits", "pattern": "block", "target_sparsity": 0.5, "seed": 0, "run_id": "b5"},
+        {"dataset": "noisy-digits", "pattern": "dense", "seed": 0, "run_id": "d"},
+        {"dataset": "noisy-digits", "pattern": "block", "target_sparsity": 0.9, "seed": 0, "run_id": "b9"},
+        {"dataset": "noisy-digits", "pattern": "block", "target_sparsity": 0.5, "seed": 0, "run_id": "b5"},
     ]
 
 

@@ -11,7 +11,7 @@ from reprolib import experiments, training
 from reprolib.experiments import Dense, Pruned, workers
 from reprolib.training import Recipe
 
-DENSE = Dense("digits", Recipe(epochs=1, batch_size=32), width=0.0625, images=64)
+DENSE = Dense("noisy-digits", Recipe(epochs=1, batch_size=32), width=0.0625, images=64)
 PRUNED = Pruned(DENSE, "Block(2, 2)", 0.5, epochs=1)
 
 
@@ -28,14 +28,14 @@ class Deadly(Dense):
 
 def test_plan_is_trained_once_and_what_fails_is_named(tmp_path):
     impossible = Pruned(DENSE, "Balanced(4)", 0.98, epochs=1)
-    other = Dense("digits", DENSE.recipe, DENSE.width, seed=1, images=64)
+    other = Dense("noisy-digits", DENSE.recipe, DENSE.width, seed=1, images=64)
     looks = []
     plan = [DENSE, PRUNED, impossible, other]
     [error] = train(plan, tmp_path / "runs", look=lambda: looks.append(1))
-    assert error.startswith("digits, seed 0, balanced at 98 %: Balanced(4) reaches 75.00 % sparsity")
+    assert error.startswith("noisy-digits, seed 0, balanced at 98 %: Balanced(4) reaches 75.00 % sparsity")
     assert [experiments.is_done(experiment, tmp_path / "runs") for experiment in plan] == [True, True, False, True]
     assert looks
-    assert "digits, seed 1, dense: 100%" in (tmp_path / "training.log").read_text()
+    assert "noisy-digits, seed 1, dense: 100%" in (tmp_path / "training.log").read_text()
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
     assert len(train(plan, tmp_path / "runs")) == 1
@@ -51,11 +51,11 @@ class Faulty(Dense):
 
 def test_dead_processes_and_unforeseen_errors_are_named_and_the_plan_goes_on(tmp_path):
     """One process at a time: each that is lost is replaced."""
-    deadly = [Deadly("digits", DENSE.recipe, DENSE.width, seed=seed) for seed in (8, 9)]
-    faulty = Faulty("digits", DENSE.recipe, DENSE.width, seed=7)
+    deadly = [Deadly("noisy-digits", DENSE.recipe, DENSE.width, seed=seed) for seed in (8, 9)]
+    faulty = Faulty("noisy-digits", DENSE.recipe, DENSE.width, seed=7)
     *died, failed = train([*deadly, faulty, DENSE], tmp_path / "runs", workers=1)
     assert [error.split(" (see ")[0] for error in died] == [
-        f"digits, seed {seed}, dense: its process died" for seed in (8, 9)
+        f"noisy-digits, seed {seed}, dense: its process died" for seed in (8, 9)
     ]
     assert "AttributeError" in failed and "training.log" in failed
     assert experiments.is_done(DENSE, tmp_path / "runs")
@@ -69,7 +69,7 @@ from reprolib.training import Recipe
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
-    endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    endless = Dense("noisy-digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
     workers._start(1, folder / "training.log").pipe.send((endless, folder, float("inf")))
     os._exit(9)  # killed before the worker has loaded anything
 """
@@ -84,7 +84,7 @@ def test_worker_ends_with_who_started_it_even_if_that_one_is_gone_before_it_look
 
 
 def test_deadline_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    endless = Dense("digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    endless = Dense("noisy-digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
     started = time.time()
     assert train([endless, PRUNED], tmp_path, workers=1, deadline=started + 12) == []
     assert 12 <= time.time() - started < 12 + workers.GRACE_S

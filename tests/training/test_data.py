@@ -22,22 +22,56 @@ CIFAR_FILES = ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(
 
 
 def test_digits_have_three_splits(digits):
-    # 1,797 scans: every fifth is for testing, a tenth of the others for validation.
-    assert [len(split) for split in (digits.train, digits.validation, digits.test)] == [1295, 143, 359]
+    # 1,797 scans: every fifth is for testing, a tenth of the others for validation; 2 or 5 copies of each.
+    assert [len(split) for split in (digits.train, digits.validation, digits.test)] == [2 * 1295, 2 * 143, 5 * 359]
     assert digits.classes == tuple("0123456789")
     for split in (digits.train, digits.validation, digits.test):
         assert split.images.shape == (len(split), 32, 32, 3) and split.images.dtype == torch.uint8
         assert split.labels.unique().tolist() == list(range(10)) and split.labels.dtype == torch.int64
 
 
-def test_splits_hold_every_scan_once(digits):
+def test_digits_are_the_same_bytes_on_every_machine(digits):
+    found = hashlib.sha256()
+    for split in (digits.train, digits.validation, digits.test):
+        found.update(split.images.numpy().tobytes())
+        found.update(split.labels.numpy().astype("<i8").tobytes())
+    assert found.hexdigest() == "dd7150174114537e7aaebb938c9bd504fd9cd8fbd86acb542a83a29c65ae416f"
+
+
+def test_copies_of_a_scan_lie_in_one_split_with_its_label(monkeypatch):
     from sklearn.datasets import load_digits
 
-    expected = Counter(load_digits().target.tolist())
-    splits = (digits.train, digits.validation, digits.test)
-    assert Counter(label for split in splits for label in split.labels.tolist()) == expected
-    distinct = {image.numpy().tobytes() for split in splits for image in split.images}
-    assert len(distinct) > 0.99 * sum(expected.values())  # a split drawn twice would lose a tenth
+    monkeypatch.setattr(data, "NOISE", 0.0)
+    digits = data.load.__wrapped__("noisy-digits")
+    found = [
+        Counter(
+            (image.numpy().tobytes(), label) for image, label in zip(split.images, split.labels.tolist(), strict=True)
+        )
+        for split in (digits.train, digits.validation, digits.test)
+    ]
+    # Some of the scans are equal to another one, at this resolution none of them across two splits.
+    assert [set(copies.values()) <= {n, 2 * n} for copies, n in zip(found, (2, 2, 5), strict=True)] == [True] * 3
+    assert len(set().union(*found)) == sum(map(len, found))
+    scans = Counter()
+    for copies, count in zip(found, (2, 2, 5), strict=True):
+        scans += Counter({scan: times // count for scan, times in copies.items()})
+    assert Counter(label for _, label in scans.elements()) == Counter(load_digits().target.tolist())
+
+
+def test_noise_is_gaussian_of_its_own_in_each_copy_and_equal_in_all_channels(monkeypatch):
+    monkeypatch.setattr(data, "NOISE", 20.0)
+    grey = data.Split(torch.full((2, 32, 32, 3), 128, dtype=torch.uint8), torch.tensor([4, 7]))
+    noisy = data._noisy_copies(grey, 3, np.random.default_rng(1))
+    assert noisy.labels.tolist() == [4, 7, 4, 7, 4, 7]
+    assert torch.equal(noisy.images[..., :1].expand(-1, -1, -1, 3), noisy.images)
+    values = noisy.images[..., 0].double().flatten(1)
+    assert values.mean().item() == pytest.approx(128, abs=1) and values.std().item() == pytest.approx(20, rel=0.05)
+    assert (torch.corrcoef(values) - torch.eye(6)).abs().max() < 0.2
+
+
+def test_noise_beyond_black_and_white_is_cut_off(digits):
+    levels = digits.train.images.flatten().bincount(minlength=256) / digits.train.images.numel()
+    assert levels[0] > 0.1 and levels[255] > 0.1 and levels[1:255].max() < 0.01
 
 
 def test_statistics_are_those_of_the_training_split(digits):
@@ -47,7 +81,7 @@ def test_statistics_are_those_of_the_training_split(digits):
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match="unknown data set 'mnist': known are digits, cifar10, cifar100"):
+    with pytest.raises(ValueError, match="unknown data set 'mnist': known are noisy-digits, cifar10, cifar100"):
         data.load("mnist")
 
 
@@ -230,10 +264,10 @@ def test_draws_say_how_an_image_moves(digits):
 
 
 def test_first_images_of_each_split(digits):
-    few = digits.first(300)
-    assert (len(few.train), len(few.validation), len(few.test)) == (300, 143, 300)
-    assert torch.equal(few.test.images, digits.test.images[:300])
-    assert torch.equal(few.test.labels, digits.test.labels[:300])
+    few = digits.first(1000)
+    assert (len(few.train), len(few.validation), len(few.test)) == (1000, 286, 1000)
+    assert torch.equal(few.test.images, digits.test.images[:1000])
+    assert torch.equal(few.test.labels, digits.test.labels[:1000])
 
 
 def test_augmentation_follows_from_the_generator_alone(digits):
@@ -253,6 +287,6 @@ def test_augmentation_follows_from_the_generator_alone(digits):
 def test_split_sizes_do_not_depend_on_a_seed(digits):
     torch.manual_seed(5)
     np.random.seed(5)
-    again = data.load.__wrapped__("digits")
+    again = data.load.__wrapped__("noisy-digits")
     assert torch.equal(again.validation.images, digits.validation.images)
     assert math.isclose(again.mean[0], digits.mean[0], abs_tol=0)

@@ -362,7 +362,8 @@ def test_progress_counts_epochs_and_tells_of_networks_that_got_done(tmp_path, ca
     experiments.run(plan[1], tmp_path)  # and the dense one before it
     assert done() == 6
     told = capsys.readouterr().err
-    assert "digits, seed 0, dense: accuracy" in told and "digits, seed 0, unstructured at 75.0 %: accuracy" in told
+    assert "noisy-digits, seed 0, dense: accuracy" in told
+    assert "noisy-digits, seed 0, unstructured at 75.0 %: accuracy" in told
     assert graph._epochs_done(plan, tmp_path)() == 6
     assert "unstructured" not in capsys.readouterr().err  # known before
 
