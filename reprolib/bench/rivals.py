@@ -157,12 +157,18 @@ def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> It
 def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **about) -> Contender:
     dtype = torch.float32 if device == "cpu" else torch.float16
     inputs = [x.to(device, dtype) for x in images]
-    return Contender(SPARSE, kernel_type(device), rotating(model.to(dtype), inputs, device), **about)
+    call = rotating(model.to(dtype), inputs, device)
+    return Contender(SPARSE, kernel_type(device), call, spins=not _runs_in_engine(device), **about)
+
+
+def _runs_in_engine(device: str) -> bool:
+    """Whether our kernels are the x86 engine: its helpers stay awake for less than a millisecond, Numba's for more."""
+    return device == "cpu" and bool(cpu.instruction_sets())
 
 
 def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
     layer = SparseConv2d.from_dense(conv, relu=True)
-    if device == "cpu" and cpu.instruction_sets():
+    if _runs_in_engine(device):
         isa = cpu.instruction_sets()[0]
         n = min(len(images[0]), isa.LANES)
         program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n, isa)
@@ -173,7 +179,7 @@ def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, 
             again()
             return results
 
-        return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), **about)
+        return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), spins=False, **about)
     kernels = portable if device == "cpu" else cuda
     plan = layer.plan(kernels, torch.device(device), 1)
     inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
