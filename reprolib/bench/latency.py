@@ -58,12 +58,13 @@ SURVEY: Specs = tuple((name, spec, sparsity) for name, spec in PATTERNS.items() 
 
 # What a contest takes, in seconds on two idle cores with AVX2. The estimate begins with them, and then learns from the
 # contests that are done: shares matter more than sizes. Those of a GPU are a guess.
-PREPARE_S, AGAIN_S = 0.25, 0.05  # per million weights and pattern: masks, formats, code; once more, for another batch
+LAYER_S, WEIGHTS_S = 0.04, 0.2  # to prepare a layer, and a million weights: masks, formats, code
+AGAIN = 0.2  # the share of it for another batch
 CALLS_S = {"cpu": 0.16, "cuda": 0.001}  # per billion multiply-adds of the dense network and contender, all rounds
 CALL_IMAGES = 3  # that a call costs beside its own
 CONTEST_S = 1.0
 TRUST_S = 30.0  # of contests that are done: as much as the numbers above are trusted
-VGG_WEIGHTS, VGG_MACS = 14.7e6, 0.313e9  # at full width, for one image
+VGG_LAYERS, VGG_WEIGHTS, VGG_MACS = 14, 14.7e6, 0.313e9  # at full width, for one image
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
         prepare = partial(network_contenders, width, seed, batch, device, specs, others=others)
         weights, macs = VGG_WEIGHTS * width**2, VGG_MACS * width**2
         again = batch != batches[0]
-        return Contest(name | {"device": device}, prepare, effort_s(weights, macs, batch, device, len(specs), again))
+        return Contest(
+            name | {"device": device}, prepare, effort_s(VGG_LAYERS, weights, macs, batch, device, len(specs), again)
+        )
 
     if extent == "short":
         specs = tuple(spec for spec in SURVEY if spec[-1] == SHORT_SPARSITY)
@@ -209,7 +212,7 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
     for c_in, c_out, size in LAYERS:
         name = {"scope": "layer", "name": f"{c_in}→{c_out}, {size}×{size}", "width": 1.0, "batch": batch, "seed": 0}
         weights = 9 * c_in * c_out
-        effort = effort_s(weights, weights * size**2, batch, device, len(SURVEY))
+        effort = effort_s(1, weights, weights * size**2, batch, device, len(SURVEY))
         yield Contest(
             name | {"device": device}, partial(layer_contenders, c_in, c_out, size, batch, device, SURVEY), effort
         )
@@ -217,12 +220,14 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
     yield Contest(name, partial(ceilings, device))
 
 
-def effort_s(weights: float, macs: float, batch: int, device: str, specs: int, again: bool = False) -> float:
-    """Seconds that a contest may take: of a network (layer) with so many weights, and multiply-adds for an image.
+def effort_s(
+    layers: int, weights: float, macs: float, batch: int, device: str, specs: int, again: bool = False
+) -> float:
+    """Seconds that a contest may take: so many layers with so many weights, and multiply-adds for an image.
 
-    It is dense and pruned in `specs` ways; `again` for another batch.
+    They are dense and pruned in `specs` ways; `again` for another batch.
     """
-    prepare_s = specs * weights / 1e6 * (AGAIN_S if again else PREPARE_S)
+    prepare_s = specs * (layers * LAYER_S + weights / 1e6 * WEIGHTS_S) * (AGAIN if again else 1)
     return CONTEST_S + prepare_s + CALLS_S[device] * (specs + 3) * (batch + CALL_IMAGES) * macs / 1e9
 
 

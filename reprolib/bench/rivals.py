@@ -65,8 +65,9 @@ def network_contenders(
 @lru_cache(maxsize=1)  # the batches of a seed share its networks
 def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
     """A dense VGG-16, and what `sparsify` makes of it: as it is, and pruned as each of `specs` says."""
-    torch.manual_seed(seed)
-    dense = vgg16(10, width).eval()
+    with torch.random.fork_rng(devices=[]):  # layers know no generator but the global one
+        torch.manual_seed(seed)
+        dense = vgg16(10, width).eval()
     found = [({}, sparse.sparsify(dense, device, dense=True))]
     for spec in specs:
         about, model = _pruned(dense, *spec)
@@ -86,9 +87,11 @@ def _pruned(dense: nn.Module, pattern: str, spec: str, sparsity: float) -> tuple
 
 def layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:
     """A convolution with bias and ReLU. Sparse kernels are timed on activations in their layout, as in a network."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False)
-    images = [torch.randn(batch, c_in, size, size) for _ in range(INPUTS)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(batch, c_in, size, size, generator=generator) for _ in range(INPUTS)]
     found = list(_dense_contenders(nn.Sequential(conv, nn.ReLU()).eval(), images, device))
     found.append(_sparse_layer_contender(conv, images, device))
     for pattern, spec, sparsity in specs:

@@ -166,9 +166,12 @@ def test_time_left_learns_from_what_is_done():
 
 
 def test_effort_grows_with_what_is_prepared_and_computed():
-    once = latency.effort_s(1e6, 1e9, 16, "cpu", 10)
-    assert latency.effort_s(1e6, 1e9, 16, "cpu", 10, again=True) < once < latency.effort_s(2e6, 1e9, 16, "cpu", 10)
-    assert once < latency.effort_s(1e6, 1e9, 64, "cpu", 10) and once < latency.effort_s(1e6, 1e9, 16, "cpu", 20)
+    once = latency.effort_s(1, 1e6, 1e9, 16, "cpu", 10)
+    assert latency.effort_s(1, 1e6, 1e9, 16, "cpu", 10, again=True) < once
+    for more in [(2, 1e6, 1e9, 16, "cpu", 10), (1, 2e6, 1e9, 16, "cpu", 10), (1, 1e6, 2e9, 16, "cpu", 10)]:
+        assert once < latency.effort_s(*more)
+    for more in [(1, 1e6, 1e9, 64, "cpu", 10), (1, 1e6, 1e9, 16, "cpu", 20)]:
+        assert once < latency.effort_s(*more)
 
 
 def test_each_contest_says_what_came_out_and_what_time_is_left(tmp_path, monkeypatch, capsys):
@@ -289,6 +292,13 @@ def test_contenders_of_a_layer_compute_the_same():
     dense, own = contenders[0].call(), no_zeros.call()
     own = torch.from_numpy(own()) if cpu.instruction_sets() else portable.from_layout(own[:, :, 1:-1, 1:-1], 2)
     torch.testing.assert_close(dense, own, atol=1e-4, rtol=1e-4)
+
+
+def test_measuring_leaves_the_global_random_numbers_alone():
+    before = torch.get_rng_state()
+    rivals.network_contenders(0.0625, 3, 1, "cpu", ())
+    rivals.layer_contenders(8, 8, 4, 1, "cpu", ())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_unfolding_fits_the_gemm_view():
