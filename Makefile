@@ -57,8 +57,8 @@ sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"
 
 bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu or cuda; leave the machine alone meanwhile
-	$(BIN)/python -m reprolib.bench masks
 	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop)) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m reprolib.bench masks
 
 bench-peers: env ## bench, with DeepSparse, OpenVINO, ONNX Runtime and torch.compile beside it; SHORT=1: one table at 90 %, in minutes
 	@$(BIN)/python -m reprolib.files.environment --peers

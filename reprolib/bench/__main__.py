@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from reprolib.bench import latency, masks, peers, throughput
+from reprolib.bench import latency, masks, peers
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime, seconds
@@ -53,6 +53,8 @@ def main() -> None:
             with peers.running(arguments.threads) if arguments.peers else contextlib.nullcontext() as others:
                 latency.benchmark(profile, device, extent, output, deadline, others)
         else:
+            from reprolib.bench import throughput  # here: torchvision takes seconds, whatever is asked for
+
             table = throughput.benchmark(profile, device)
             print(throughput.speed_table(table).to_markdown(index=False))
             records.write_csv(output, table)

@@ -32,6 +32,7 @@ Call = Callable[[], object]
 # --- The clock of all contenders, in whichever process --------------------------------------------------------------
 
 REST_S, RESTED, LONGEST_REST_S = 0.01, 0.1, 0.3  # a look at the CPU clock; its share that is rest; the end of patience
+BRIEF_REST_S = 0.001  # a look at threads that do not spin for long
 
 
 def time_us(call: Call) -> float:
@@ -42,17 +43,18 @@ def time_us(call: Call) -> float:
     return (time.perf_counter_ns() - started) / 1e3
 
 
-def rest() -> None:
+def rest(look_s: float = REST_S) -> None:
     """Wait until the threads of this process are idle: the next contender is to have the cores for itself.
 
     Threads of a pool look for more work in a loop before they sleep: in ONNX Runtime for 50 ms after a call, in OpenMP
     (torch, Numba) for 4 to 8 ms, in TBB (OpenVINO) for 1 ms, in DeepSparse not at all (CPU time, measured with two
-    threads). So a contender's turn ends when its process uses no CPU time any more. The wait is not part of any time.
+    threads). So a contender's turn ends when its process uses no CPU time any more, for `look_s` seconds. The wait is
+    not part of any time. A look of 10 ms also sees a spinning thread that other programs keep from running for a while.
     """
-    for _ in range(round(LONGEST_REST_S / REST_S)):
+    for _ in range(round(LONGEST_REST_S / look_s)):
         used = time.process_time()
-        time.sleep(REST_S)
-        if time.process_time() - used < RESTED * REST_S:
+        time.sleep(look_s)
+        if time.process_time() - used < RESTED * look_s:
             return
 
 

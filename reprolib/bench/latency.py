@@ -12,12 +12,12 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from reprolib.bench.peers import Peers
 from reprolib.bench.rivals import SPARSE, Specs, ceilings, kernel_type, layer_contenders, network_contenders
@@ -42,7 +42,6 @@ PATTERNS = {
     "unstructured": "Unstructured()",
 }
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
-SURVEY_SEEDS = 3
 SHORT_SPARSITY = 0.9
 # C_in, C_out, H = W: the distinct pruned convolutions of VGG-16
 LAYERS = (
@@ -57,6 +56,29 @@ LAYERS = (
 )
 SURVEY: Specs = tuple((name, spec, sparsity) for name, spec in PATTERNS.items() for sparsity in SPARSITIES)
 
+# What a contest takes, in seconds on two idle cores with AVX2. The estimate begins with them, and then learns from the
+# contests that are done: shares matter more than sizes. Those of a GPU are a guess.
+LAYER_S, WEIGHTS_S = 0.04, 0.2  # to prepare a layer, and a million weights: masks, formats, code
+AGAIN = 0.2  # the share of it for another batch
+CALLS_S = {"cpu": 0.16, "cuda": 0.001}  # per billion multiply-adds of the dense network and contender, all rounds
+CALL_IMAGES = 3  # that a call costs beside its own
+CONTEST_S = 1.0
+TRUST_S = 30.0  # of contests that are done: as much as the numbers above are trusted
+VGG_LAYERS, VGG_WEIGHTS, VGG_MACS = 14, 14.7e6, 0.313e9  # at full width, for one image
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is measured together: its columns in tables, what prepares its contenders, and seconds that it may take."""
+
+    name: dict
+    prepare: Callable[[], list[Contender]]
+    effort_s: float = CONTEST_S
+
+    @property
+    def key(self) -> tuple:
+        return tuple(self.name[key] for key in CONTEST)
+
 
 def benchmark(
     profile: Profile,
@@ -69,16 +91,16 @@ def benchmark(
     """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
 
     ``own``: the profile's networks; ``all``: also full-width VGG-16 and its layers; ``short``: of those only full-width
-    VGG-16, one seed and sparsity.
+    VGG-16, one sparsity. What tells most comes first; a line says of each contest what came out and what time is left.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
 
     One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
-    the layers), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
-    implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest
-    dense one, by whichever engine, of the same name, batch, seed and of the type of the kernels: fp32 on a CPU, fp16 on
-    a GPU), kind (measured), commit, hardware, threads, torch.
+    the layers; first look: one network, before all others, that no figure shows), name, width, batch, device, dtype,
+    pattern, spec, target_sparsity, sparsity (of the pruned layers), implementation, seed, rounds, latency_us (median)
+    with latency_q1_us and latency_q3_us, speedup (over the fastest dense one, by whichever engine, of the same contest
+    and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind (measured), commit, hardware, threads, torch.
 
     Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """
@@ -93,18 +115,21 @@ def benchmark(
     plan = list(_contests(profile, device, extent, peers))
     if not table.empty:
         measured = set(table[CONTEST].itertuples(index=False, name=None))
-        plan = [(name, prepare) for name, prepare in plan if tuple(name[key] for key in CONTEST) not in measured]
-    for name, prepare in tqdm(plan, desc=f"latency on {device}", unit="contest"):
+        plan = [contest for contest in plan if contest.key not in measured]
+    started, efforts = time.perf_counter(), [contest.effort_s for contest in plan]
+    print(f"latency on {device}: {len(plan)} contests, {left(efforts, 0, 0.0)}", flush=True)
+    for number, contest in enumerate(plan, 1):
         if time.time() > deadline:
             raise OutOfTime(f"out of time: what is measured is kept in {partial_path}; ask again to go on")
         with torch.inference_mode():
-            rows = pd.DataFrame([name | row for row in measure(prepare(), device)])
+            rows = pd.DataFrame([contest.name | row for row in measure(contest.prepare(), device)])
         if peers:
             peers.release()
         rows["speedup"] = _best_dense_us(rows, device) / rows["latency_us"]
         rows = rows.assign(kind="measured", **where)
         table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
         records.write_csv(partial_path, table)
+        print(f"{result(rows, device)}; {left(efforts, number, time.perf_counter() - started)}", flush=True)
     records.write_csv(output, table)
     partial_path.unlink(missing_ok=True)
 
@@ -118,44 +143,97 @@ def _continued(partial_path: Path, where: dict) -> pd.DataFrame:
     return table if same and not where["commit"].endswith("+") else pd.DataFrame()
 
 
+def left(efforts: list[float], done: int, elapsed_s: float) -> str:
+    """The time that contests still take, as a text, when the first `done` of them took `elapsed_s`.
+
+    `efforts` are what all of them may take, in seconds on another machine.
+    """
+    pace = (elapsed_s + TRUST_S) / (sum(efforts[:done]) + TRUST_S)
+    left_s = pace * sum(efforts[done:])
+    return f"about {left_s / 60:.0f} min left" if left_s >= 90 else f"about {left_s:.0f} s left"
+
+
+def result(rows: pd.DataFrame, device: str) -> str:
+    """What a contest says first: the best dense latency in the type of the kernels, and that of hybrid nearest 90 %."""
+    what = f"{rows['name'].iloc[0]}, batch {rows['batch'].iloc[0]}, seed {rows['seed'].iloc[0]}"
+    hybrid = rows[(rows["pattern"] == "hybrid") & (rows["implementation"] == SPARSE)]
+    if hybrid.empty:
+        parts = [f"{row.implementation} {row.latency_us / 1e3:.3g} ms" for row in rows.itertuples()]
+        return f"{what}: {', '.join(parts)}"
+    row = hybrid.loc[(hybrid["target_sparsity"] - SHORT_SPARSITY).abs().idxmin()]
+    dense_us = _best_dense_us(rows, device)
+    return (
+        f"{what}: best dense {dense_us / 1e3:.3g} ms, "
+        f"hybrid at {100 * row['target_sparsity']:g} % {row['latency_us'] / 1e3:.3g} ms ({row['speedup']:.2f}×)"
+    )
+
+
 def _best_dense_us(rows: pd.DataFrame, device: str) -> float:
     """Latency of the fastest dense rival in the type of the kernels; NaN in a contest without one."""
     dense = (rows["pattern"] == "dense") & (rows["dtype"] == kernel_type(device))
     return rows.loc[dense & (rows["implementation"] != SPARSE), "latency_us"].min()
 
 
-def _contests(
-    profile: Profile, device: str, extent: str, peers: Peers | None = None
-) -> Iterator[tuple[dict, Callable[[], list[Contender]]]]:
-    """Every network or layer, batch and seed, with a function that prepares its contenders."""
+def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = None) -> Iterator[Contest]:
+    """Every network or layer, batch and seed; what tells most first. The batches of a network follow one another."""
+    batches = BATCHES[device]
 
-    def network(width: float, seed: int, batch: int, specs: Specs):
-        name = {"scope": "network", "name": f"VGG-16 ×{width:g}", "width": width, "batch": batch, "seed": seed}
-        return name | {"device": device}, partial(network_contenders, width, seed, batch, device, specs, others=peers)
+    def network(width: float, seed: int, batch: int, specs: Specs, scope: str = "network") -> Contest:
+        name = {"scope": scope, "name": f"VGG-16 ×{width:g}", "width": width, "batch": batch, "seed": seed}
+        others = peers if scope == "network" else None
+        prepare = partial(network_contenders, width, seed, batch, device, specs, others=others)
+        weights, macs = VGG_WEIGHTS * width**2, VGG_MACS * width**2
+        again = batch != batches[0]
+        return Contest(
+            name | {"device": device}, prepare, effort_s(VGG_LAYERS, weights, macs, batch, device, len(specs), again)
+        )
 
     if extent == "short":
         specs = tuple(spec for spec in SURVEY if spec[-1] == SHORT_SPARSITY)
-        yield from (network(1.0, 0, batch, specs) for batch in BATCHES[device])
+        yield from (network(1.0, 0, batch, specs) for batch in batches)
         return
     survey = extent == "all"
     own = profile_specs(profile)
+    if survey:
+        yield network(profile.width, 0, batches[0], first_look(own), "first look")
     if survey and profile.width == 1:  # one network, one list: what the profile times already is not timed again
         timed = {(pattern, sparsity) for pattern, _, sparsity in own}
         own += tuple(
             (pattern, spec, sparsity) for pattern, spec, sparsity in SURVEY if (pattern, sparsity) not in timed
         )
-    for seed, batch in itertools.product(range(SEEDS), BATCHES[device]):
+    yield from (network(profile.width, 0, batch, own) for batch in batches)
+    if survey and profile.width != 1:
+        yield from (network(1.0, 0, batch, SURVEY) for batch in batches)
+    for seed, batch in itertools.product(range(1, SEEDS), batches):
         yield network(profile.width, seed, batch, own)
     if not survey:
         return
-    if profile.width != 1:
-        for seed, batch in itertools.product(range(SURVEY_SEEDS), BATCHES[device]):
-            yield network(1.0, seed, batch, SURVEY)
-    for (c_in, c_out, size), batch in itertools.product(LAYERS, BATCHES[device]):
+    batch = batches[-1]  # the one that figures of layers show
+    for c_in, c_out, size in LAYERS:
         name = {"scope": "layer", "name": f"{c_in}→{c_out}, {size}×{size}", "width": 1.0, "batch": batch, "seed": 0}
-        yield name | {"device": device}, partial(layer_contenders, c_in, c_out, size, batch, device, SURVEY)
+        weights = 9 * c_in * c_out
+        effort = effort_s(1, weights, weights * size**2, batch, device, len(SURVEY))
+        yield Contest(
+            name | {"device": device}, partial(layer_contenders, c_in, c_out, size, batch, device, SURVEY), effort
+        )
     name = {"scope": "ceiling", "name": "arithmetic and memory", "width": 1.0, "batch": 1, "seed": 0, "device": device}
-    yield name, partial(ceilings, device)
+    yield Contest(name, partial(ceilings, device))
+
+
+def effort_s(
+    layers: int, weights: float, macs: float, batch: int, device: str, specs: int, again: bool = False
+) -> float:
+    """Seconds that a contest may take: so many layers with so many weights, and multiply-adds for an image.
+
+    They are dense and pruned in `specs` ways; `again` for another batch.
+    """
+    prepare_s = specs * (layers * LAYER_S + weights / 1e6 * WEIGHTS_S) * (AGAIN if again else 1)
+    return CONTEST_S + prepare_s + CALLS_S[device] * (specs + 3) * (batch + CALL_IMAGES) * macs / 1e9
+
+
+def first_look(specs: Specs) -> Specs:
+    """The one of a profile's `specs` that is timed before all others: hybrid, or what there is, nearest to 90 %."""
+    return tuple(sorted(specs, key=lambda spec: (spec[0] != "hybrid", abs(spec[-1] - SHORT_SPARSITY)))[:1])
 
 
 def profile_specs(profile: Profile) -> Specs:

@@ -70,8 +70,9 @@ def network_contenders(
 @lru_cache(maxsize=1)  # the batches of a seed share its networks
 def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
     """A dense VGG-16, and what `sparsify` makes of it: as it is, and pruned as each of `specs` says."""
-    torch.manual_seed(seed)
-    dense = vgg16(10, width).eval()
+    with torch.random.fork_rng(devices=[]):  # layers know no generator but the global one
+        torch.manual_seed(seed)
+        dense = vgg16(10, width).eval()
     found = [({}, sparse.sparsify(dense, device, dense=True))]
     for spec in specs:
         about, model = _pruned(dense, *spec)
@@ -91,9 +92,11 @@ def _pruned(dense: nn.Module, pattern: str, spec: str, sparsity: float) -> tuple
 
 def layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:
     """A convolution with bias and ReLU. Sparse kernels are timed on activations in their layout, as in a network."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False)
-    images = [torch.randn(batch, c_in, size, size) for _ in range(INPUTS)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(batch, c_in, size, size, generator=generator) for _ in range(INPUTS)]
     found = list(_dense_contenders(nn.Sequential(conv, nn.ReLU()).eval(), images, device))
     found.append(_sparse_layer_contender(conv, images, device))
     for pattern, spec, sparsity in specs:
@@ -162,12 +165,18 @@ def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> It
 def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **about) -> Contender:
     dtype = torch.float32 if device == "cpu" else torch.float16
     inputs = [x.to(device, dtype) for x in images]
-    return Contender(SPARSE, kernel_type(device), rotating(model.to(dtype), inputs, device), **about)
+    call = rotating(model.to(dtype), inputs, device)
+    return Contender(SPARSE, kernel_type(device), call, spins=not _runs_in_engine(device), **about)
+
+
+def _runs_in_engine(device: str) -> bool:
+    """Whether our kernels are the x86 engine: its helpers stay awake for less than a millisecond, Numba's for more."""
+    return device == "cpu" and bool(cpu.instruction_sets())
 
 
 def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
     layer = SparseConv2d.from_dense(conv, relu=True)
-    if device == "cpu" and cpu.instruction_sets():
+    if _runs_in_engine(device):
         isa = cpu.instruction_sets()[0]
         n = min(len(images[0]), isa.LANES)
         program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n, isa)
@@ -178,7 +187,7 @@ def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, 
             again()
             return results
 
-        return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), **about)
+        return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), spins=False, **about)
     kernels = portable if device == "cpu" else cuda
     plan = layer.plan(kernels, torch.device(device), 1)
     inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]

@@ -19,7 +19,8 @@ ROUNDS = 9
 class Contender:
     """One implementation: what it is, and a call without arguments that runs it once.
 
-    One that runs in another process is timed there: `time_us` asks for it.
+    One that runs in another process is timed there: `time_us` asks for it. One that `spins` has threads that look for
+    more work for milliseconds after a call.
     """
 
     implementation: str
@@ -29,6 +30,7 @@ class Contender:
     spec: str = ""
     target_sparsity: float = 0.0
     sparsity: float = 0.0
+    spins: bool = True
     time_us: Callable[[], float] | None = None
 
 
@@ -59,7 +61,7 @@ def _time_us(contender: Contender, device: str) -> float:
     call = contender.call
     if device == "cpu":
         us = engine.time_us(call)
-        engine.rest()
+        engine.rest(engine.REST_S if contender.spins else engine.BRIEF_REST_S)
         return us
     call()
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -227,6 +227,7 @@ def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
         name = f"claim {row.claim}, {DATASETS.get(row.dataset, row.dataset)}:\n{row.comparison}"
         labels.append(name if decides else row.comparison.split(" at ")[-1])
     axis.set_yticks(range(len(rows)), labels)
+    axis.set_ylim(-0.7, max(len(rows), 2) - 0.3)  # room for two lines at either end
     for label, row in zip(axis.get_yticklabels(), rows.itertuples(), strict=True):
         label.set_fontweight("bold" if row.verdict in VERDICT_COLORS else "normal")
     shown = [v for v in VERDICT_COLORS if v in set(rows["verdict"])]

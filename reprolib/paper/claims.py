@@ -226,9 +226,9 @@ def _on_reach(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> Dec
     for censored, _, where in ends:
         if any(censored["hybrid", seed] and censored[rival, seed] for seed in seeds):
             return Decision(3, dataset, name, unit=unit, remark=f"hybrid and {rival} drop {where}", **NOTHING)
-    # Whoever falls short counts with the lowest tested sparsity, and whoever does not end with the highest: this draws
-    # differences towards zero, so that a verdict on them stands all the more.
-    counted = {key: lowest if short[key] else value for key, value in reached.items()}
+    # Whoever falls short counts with its lowest tested sparsity, as achieved, and whoever does not end with the
+    # highest: this draws differences towards zero, so that a verdict on them stands all the more.
+    counted = {key: networks[key]["sparsity"].min() if short[key] else value for key, value in reached.items()}
     gains = {seed: 100 * (counted["hybrid", seed] - counted[rival, seed]) for seed in seeds}
     notes = ["points of sparsity, not of accuracy"]
     for (censored, end, where), method in itertools.product(ends, ("hybrid", rival)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,8 +46,19 @@ def save(figure: Figure, folder: str | Path, name: str) -> None:
         return
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    write_atomically(Path(folder) / f"{name}.svg", buffer.getvalue())
+    write_atomically(Path(folder) / f"{name}.svg", numbered(buffer.getvalue()))
     write_atomically(Path(folder) / f"{name}.png", png(figure))
+
+
+def numbered(svg: str) -> str:
+    """An SVG of matplotlib whose shared parts are called by their number in the file: ``p1``, ``m2``.
+
+    Matplotlib calls a clip by a hash of its corners, as they are before rounding: their last bits differ from machine
+    to machine, where all that is drawn is the same.
+    """
+    names = dict.fromkeys(re.findall(r'\bid="([A-Za-z][0-9a-f]{10})"|url\(#([A-Za-z][0-9a-f]{10})\)', svg))
+    numbers = {name: f"{name[0]}{number}" for number, name in enumerate(dict.fromkeys(a or b for a, b in names), 1)}
+    return re.sub(r'(id="|#)([A-Za-z][0-9a-f]{10})\b', lambda found: found[1] + numbers.get(found[2], found[2]), svg)
 
 
 def png(figure: Figure) -> bytes:

@@ -30,13 +30,13 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def check_parameters(notebook: Path, parameters: dict) -> None:
-    """Raise ValueError if the notebook lacks one of `parameters`, or declares another type for it."""
+def check_parameters(notebook: Path, *points: dict) -> None:
+    """Raise ValueError if the notebook lacks a parameter of one of the `points`, or declares another type for it."""
     known = known_parameters(notebook)
-    unknown = sorted(set(parameters) - set(known))
+    unknown = sorted({name for point in points for name in point} - set(known))
     if unknown:
         raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it knows {', '.join(known)}")
-    for name, value in parameters.items():
+    for name, value in (item for point in points for item in point.items()):
         declared = known[name]
         try:
             settings.checked(value, KINDS.get(declared["inferred_type_name"], Any), name=name)

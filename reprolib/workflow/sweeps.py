@@ -80,9 +80,7 @@ def _points(notebook: Path, grid_file: Path) -> list[dict[str, Any]]:
     if not grid_file.is_file():
         raise FileNotFoundError(f"no grid {str(grid_file)!r}: name a YAML file such as 'seed: [0, 1, 2]' with GRID=")
     grid = settings.read(grid_file, Annotated[dict[str, Some[Any]], Field(min_length=1)])
-    for name, values in grid.items():
-        for value in values:
-            notebooks.check_parameters(notebook, {name: value})
+    notebooks.check_parameters(notebook, *({name: value} for name, values in grid.items() for value in values))
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 

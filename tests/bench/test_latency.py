@@ -25,7 +25,7 @@ def table(tmp_path_factory):
         patch.setattr(latency, "SEEDS", 1)
         patch.setattr(latency, "BATCHES", {"cpu": (2,)})
         latency.benchmark(profiles.load("quick"), "cpu", "own", output)
-        yield records.read_csv(output)
+    return records.read_csv(output)
 
 
 def contest(seed, calls):
@@ -37,7 +37,7 @@ def contest(seed, calls):
         names = "dense", latency.SPARSE
         return [timing.Contender(implementation, "fp32", lambda: None) for implementation in names]
 
-    return name, prepare
+    return latency.Contest(name, prepare, effort_s=60.0)
 
 
 def test_stopped_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -124,15 +124,113 @@ def test_best_dense_is_over_all_engines_in_the_type_of_the_kernels():
 
 def test_short_extent_is_one_sparsity_of_one_full_network():
     contests = list(latency._contests(profiles.load("laptop"), "cpu", "short"))
-    assert [(c["width"], c["seed"], c["batch"]) for c, _ in contests] == [(1.0, 0, 1), (1.0, 0, 16), (1.0, 0, 64)]
-    specs = contests[0][1].args[-1]
+    named = [(c.name["width"], c.name["seed"], c.name["batch"]) for c in contests]
+    assert named == [(1.0, 0, 1), (1.0, 0, 16), (1.0, 0, 64)]
+    specs = contests[0].prepare.args[-1]
     assert {pattern for pattern, _, _ in specs} == set(latency.PATTERNS) and {spec[2] for spec in specs} == {0.9}
+
+
+@pytest.mark.parametrize(("name", "spec"), [("laptop", "Balanced(8) & Block(8, 8)"), ("paper", None)])
+def test_most_telling_contests_come_first(name, spec):
+    """A user sees hybrid at 90 % for one image, then each network once, and further seeds and single layers last."""
+    contests = list(latency._contests(profiles.load(name), "cpu", "all"))
+    first, *others = contests
+    assert (first.name["scope"], first.name["batch"], first.name["seed"]) == ("first look", 1, 0)
+    [(pattern, text, sparsity)] = first.prepare.args[-1]
+    assert (pattern, sparsity) == ("hybrid", 0.9) and text == (spec or text)
+    assert first.effort_s == min(contest.effort_s for contest in contests if contest.name["scope"] != "ceiling")
+    scopes = [contest.name["scope"] for contest in others]
+    assert scopes == sorted(scopes, key=["network", "layer", "ceiling"].index)
+    networks = [(c.name["seed"], c.name["width"], c.name["batch"]) for c in others if c.name["scope"] == "network"]
+    seeds = [seed for seed, _, _ in networks]
+    assert seeds == sorted(seeds) and {width for seed, width, _ in networks if seed == 0} == {
+        1.0,
+        contests[0].name["width"],
+    }
+    assert [batch for _, _, batch in networks] == [1, 16, 64] * (len(networks) // 3), "networks are pruned once for all"
+
+
+def test_profile_without_hybrid_has_a_first_look_too():
+    assert latency.first_look((("mine", "Block(2, 2)", 0.5), ("mine", "Block(2, 2)", 0.8))) == (
+        ("mine", "Block(2, 2)", 0.8),
+    )
+
+
+def test_time_left_learns_from_what_is_done():
+    efforts = [30.0, 60.0, 240.0]
+    assert latency.left(efforts, 0, 0.0) == "about 6 min left", "before anything is measured: as the numbers say"
+    assert latency.left(efforts, 1, 30.0) == "about 5 min left", "as fast as expected"
+    assert latency.left(efforts, 2, 330.0) == "about 12 min left", "three times slower"
+    assert latency.left(efforts, 2, 30.0) == "about 2 min left"
+    assert latency.left(efforts, 3, 330.0) == "about 0 s left"
+
+
+def test_effort_grows_with_what_is_prepared_and_computed():
+    once = latency.effort_s(1, 1e6, 1e9, 16, "cpu", 10)
+    assert latency.effort_s(1, 1e6, 1e9, 16, "cpu", 10, again=True) < once
+    for more in [(2, 1e6, 1e9, 16, "cpu", 10), (1, 2e6, 1e9, 16, "cpu", 10), (1, 1e6, 2e9, 16, "cpu", 10)]:
+        assert once < latency.effort_s(*more)
+    for more in [(1, 1e6, 1e9, 64, "cpu", 10), (1, 1e6, 1e9, 16, "cpu", 20)]:
+        assert once < latency.effort_s(*more)
+
+
+def test_each_contest_says_what_came_out_and_what_time_is_left(tmp_path, monkeypatch, capsys):
+    """An estimate before anything is measured, and a line as soon as each row is there."""
+    calls, output = [], tmp_path / "latency.csv"
+    monkeypatch.setattr(latency, "_contests", lambda *_: [contest(seed, calls) for seed in range(2)])
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: 60.0 * len(calls))
+    latency.benchmark(profiles.load("quick"), "cpu", "own", output)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "latency on cpu: 2 contests, about 2 min left"
+    assert [line.split(":")[0] for line in lines] == ["net, batch 1, seed 0", "net, batch 1, seed 1"]
+    assert [line.split("; ")[1] for line in lines] == ["about 60 s left", "about 0 s left"]
+
+
+def test_line_of_a_contest_names_the_best_dense_and_hybrid_nearest_90():
+    rows = pd.DataFrame(
+        [
+            ("oneDNN, channels last", "dense", 0.0, 12000.0, 1.0),
+            (latency.SPARSE, "dense", 0.0, 9000.0, 1.3),
+            (latency.SPARSE, "hybrid", 0.9, 4000.0, 3.0),
+            (latency.SPARSE, "hybrid", 0.5, 8000.0, 1.5),
+            ("DeepSparse 1.8.0", "hybrid", 0.9, 5000.0, 2.4),
+        ],
+        columns=["implementation", "pattern", "target_sparsity", "latency_us", "speedup"],
+    ).assign(name="net", batch=16, seed=2, dtype="fp32")
+    assert latency.result(rows, "cpu") == ("net, batch 16, seed 2: best dense 12 ms, hybrid at 90 % 4 ms (3.00×)")
+    assert latency.result(rows[:2], "cpu") == (
+        "net, batch 16, seed 2: oneDNN, channels last 12 ms, sparse kernels 9 ms"
+    )
+
+
+@pytest.mark.parametrize(("spins", "look_s"), [(True, 0.01), (False, 0.001)])
+def test_long_rests_come_only_after_threads_that_spin(spins, look_s, monkeypatch):
+    looks = []
+    monkeypatch.setattr(timing.engine, "rest", looks.append)
+    one = timing.Contender("engine", "fp32", lambda: None, spins=spins)
+    timing.measure([one], "cpu")
+    assert looks == [look_s] * timing.ROUNDS
+
+
+def test_our_own_threads_alone_are_known_not_to_spin(monkeypatch):
+    """Numba's threads, that run our kernels on other processors, do."""
+    specs = (("block", "Block(4, 4)", 0.5),)
+
+    def resting():
+        found = rivals.network_contenders(0.0625, 0, 1, "cpu", specs) + rivals.layer_contenders(
+            8, 8, 4, 1, "cpu", specs
+        )
+        return {contender.implementation for contender in found if not contender.spins}
+
+    assert resting() == ({latency.SPARSE} if cpu.instruction_sets() else set())
+    monkeypatch.setattr(rivals.cpu, "instruction_sets", lambda: [])
+    assert resting() == set()
 
 
 def test_peers_run_whole_networks_only():
     company = Company("DeepSparse 1.8", [])
-    for name, prepare in latency._contests(profiles.load("laptop"), "cpu", "all", company):
-        assert (prepare.keywords.get("others") is company) == (name["scope"] == "network")
+    for contest in latency._contests(profiles.load("laptop"), "cpu", "all", company):
+        assert (contest.prepare.keywords.get("others") is company) == (contest.name["scope"] == "network")
 
 
 def test_distinct_masks_of_a_profile():
@@ -196,6 +294,13 @@ def test_contenders_of_a_layer_compute_the_same():
     torch.testing.assert_close(dense, own, atol=1e-4, rtol=1e-4)
 
 
+def test_measuring_leaves_the_global_random_numbers_alone():
+    before = torch.get_rng_state()
+    rivals.network_contenders(0.0625, 3, 1, "cpu", ())
+    rivals.layer_contenders(8, 8, 4, 1, "cpu", ())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unfolding_fits_the_gemm_view():
     x, weight = torch.randn(2, 3, 5, 4, dtype=torch.double), torch.randn(6, 3, 3, 3, dtype=torch.double)
     product = gemm_view(weight) @ rivals.unfolded_columns(x)
@@ -204,15 +309,16 @@ def test_unfolding_fits_the_gemm_view():
 
 
 def test_survey_covers_all_patterns_and_shapes():
-    contests = [name for name, _ in latency._contests(profiles.load("laptop"), "cpu", "all")]
+    contests = [contest.name for contest in latency._contests(profiles.load("laptop"), "cpu", "all")]
     assert {(c["scope"], c["width"]) for c in contests} == {
+        ("first look", 0.25),
         ("network", 0.25),
         ("network", 1.0),
         ("layer", 1.0),
         ("ceiling", 1.0),
     }
     layers = {(c["name"], c["batch"]) for c in contests if c["scope"] == "layer"}
-    assert len(layers) == len(latency.LAYERS) * len(latency.BATCHES["cpu"])
+    assert len(layers) == len(latency.LAYERS) and {batch for _, batch in layers} == {64}, "what figures of layers show"
     for spec, sparsity in itertools.product(latency.PATTERNS.values(), latency.SPARSITIES):
         achieved = 1 - parse(spec).mask(torch.randn(256, 256, 3, 3), sparsity).float().mean().item()
         assert achieved == pytest.approx(sparsity, abs=0.01), f"{spec} can't express {sparsity}"
@@ -220,7 +326,7 @@ def test_survey_covers_all_patterns_and_shapes():
 
 def test_survey_joins_the_networks_of_a_full_width_profile():
     contests = latency._contests(profiles.load("paper"), "cpu", "all")
-    specs = next(prepare.args[-1] for _, prepare in contests)
+    specs = next(contest.prepare.args[-1] for contest in contests if contest.name["scope"] == "network")
     timed = [(pattern, sparsity) for pattern, _, sparsity in specs]
     assert len(timed) == len(set(timed)), "one name and sparsity, one mask"
     assert {("two-four-block", 0.9), ("hybrid", 0.75), ("block", 0.98)} <= set(timed)

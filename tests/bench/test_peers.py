@@ -250,6 +250,10 @@ def test_turn_ends_when_the_threads_are_idle(monkeypatch):
     monkeypatch.setattr(engine.time, "sleep", sleep)
     engine.rest()
     assert spins_s < now["slept"] < spins_s + 3 * engine.REST_S
+    now["slept"], spins_s = 0.0, 0.0005
+    engine.rest(engine.BRIEF_REST_S)
+    assert spins_s < now["slept"] < spins_s + 3 * engine.BRIEF_REST_S
+    now["slept"] = 0.1
     spins_s = 1e9  # never: patience ends
     engine.rest()
     assert now["slept"] < 0.1 + engine.LONGEST_REST_S + 2 * engine.REST_S

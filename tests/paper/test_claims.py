@@ -184,6 +184,15 @@ def test_claim_3_without_a_pair_says_so():
     assert row["verdict"] == "no data" and row["remark"] == "no pair of hybrid and block"
 
 
+def test_claim_3_takes_achieved_sparsities_at_both_ends():
+    """Hybrid does not end, block falls short: each counts with what it achieved, not with what was asked for."""
+    accuracy = accuracy_frame({("hybrid", 0.9): [89.9], ("block", 0.9): [80.0]})
+    accuracy["sparsity"] = accuracy["pattern"].map({"hybrid": 0.91, "block": 0.88})
+    decided = claims.decide(accuracy)
+    row = decided[(decided["claim"] == 3) & decided["comparison"].str.contains("block, drop of 1")].iloc[0]
+    assert row["difference"] == pytest.approx(3.0)
+
+
 def test_claim_3_counts_who_falls_short_with_the_lowest_tested_sparsity():
     # Block is below 75 % in both seeds; hybrid reaches 87.5 % (half way in log density) and 93.75 %.
     frame = accuracy_frame(

@@ -1,3 +1,8 @@
+import itertools
+import re
+import subprocess
+import sys
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -6,6 +11,7 @@ import pytest
 import torch
 
 from reprolib.files import paths
+from reprolib.files.processes import environment
 from reprolib.paper import accuracy_figures, claims, drawing, method_figures
 from reprolib.patterns import parse
 
@@ -91,6 +97,32 @@ def test_equal_data_give_equal_files(accuracy, tmp_path):
         drawing.save(accuracy_figures.accuracy_vs_sparsity(accuracy), tmp_path, name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+DRAWN_ELSEWHERE = """
+import sys
+import matplotlib.pyplot as plt
+from reprolib.paper import drawing
+drawing.theme()
+plt.rcParams["svg.hashsalt"] += sys.argv[2]
+figure, axes = plt.subplots(1, 2)
+for n, axis in enumerate(axes):
+    drawing.method_line(axis, "hybrid", [1, 2], [n, 3], yerr=[0.1, 0.2])
+drawing.save(figure, sys.argv[1], "figure")
+"""
+
+
+def test_processes_and_machines_draw_equal_files(tmp_path):
+    """Another machine has other last bits of coordinates, so other hashes of clips: here, by another salt."""
+    for name, seed, salt in (("a", "1", ""), ("b", "2", ""), ("c", "2", "another machine")):
+        command = [sys.executable, "-c", DRAWN_ELSEWHERE, tmp_path / name, salt]
+        subprocess.run(command, check=True, env=environment() | {"PYTHONHASHSEED": seed})
+    first, *others = [(tmp_path / name / "figure.svg").read_text() for name in "abc"]
+    assert others == [first, first]
+    used = re.findall(r'url\(#(\w+)\)|xlink:href="#(\w+)"', first)
+    ids = re.findall(r'\bid="(\w+)"', first)
+    assert {a or b for a, b in used} <= set(ids) and len(ids) == len(set(ids)), "each part is there, once"
+    assert "p1" in ids
 
 
 def test_tables_are_written_as_markdown_and_latex(accuracy, tmp_path):
@@ -209,6 +241,18 @@ def test_forest_leaves_room_for_its_intervals(unit):
     figure = accuracy_figures.claims_forest(claims.decide(accuracy, latency), unit)
     figure.canvas.draw()
     assert figure.axes[0].get_window_extent().width > 0.5 * figure.bbox.width
+
+
+@pytest.mark.parametrize("profile", ["laptop", "laptop-cifar100", "evening"])
+def test_names_of_a_forest_stay_beside_its_axis(profile):
+    """With few rows, two lines of a name once reached past the ends of the axis."""
+    figure = accuracy_figures.claims_forest(claims.decide(pd.read_csv(paths.ROOT / f"results/{profile}/accuracy.csv")))
+    figure.canvas.draw()
+    [axis] = figure.axes
+    frame, names = axis.get_window_extent(), [label.get_window_extent() for label in axis.get_yticklabels()]
+    assert all(frame.y0 <= name.y0 and name.y1 <= frame.y1 for name in names)
+    names = sorted(names, key=lambda name: name.y0)
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(names)), "one name on another"
 
 
 def test_claims_table_holds_only_rows_that_decide(accuracy):
