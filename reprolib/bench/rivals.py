@@ -57,7 +57,7 @@ def network_contenders(
     if device == "cpu" and cpu.instruction_sets(pairs=True):
         for about, model in (_pruned(dense, *spec) for spec in specs):
             small = sparse.sparsify(model, dtype=torch.bfloat16)
-            found.append(Contender(SPARSE_BF16, "bf16", rotating(small, images, device), **about))
+            found.append(Contender(SPARSE_BF16, "bf16", rotating(small, images, device), spins=False, **about))
     if others:
         found += peers.dense_contenders(_folded(dense), images, others)
         for engine in others.engines:

@@ -12,6 +12,8 @@ columns in (tap, channel) order:
     │    │####│             │ #    # #│             │    │#··#│   balanced rows: all blocks survive
     └────┴────┘             └─────────┘             └────┴────┘
 
+`Bitmap` knows no structure: a bit per weight, and those that are kept. It is made in no time.
+
 `Blocks` is BSR, block compressed sparse rows. `ColumnVectors(1)` is CSR, the home of unstructured sparsity; longer
 vectors also hold vectors inside surviving blocks. `BalancedBlocks` needs one pointer per block and a few bits per
 weight.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,8 +166,28 @@ class BalancedBlocks(Format):
         return Blocks(self.shape, self.rows, self.cols, self.row_starts, self.block_cols, tiles).unpack()
 
 
+@dataclass(frozen=True, eq=False)
+class Bitmap(Format):
+    """Kept weights ``values [kept]`` in the order of the weight; ``bits``, eight in a byte, say where they are."""
+
+    bits: Tensor
+    values: Tensor
+
+    @staticmethod
+    def pack(weight: Tensor) -> Bitmap:
+        """Store every weight other than zero; on the CPU."""
+        kept = weight != 0
+        return Bitmap(weight.shape, torch.from_numpy(np.packbits(kept.numpy())), weight[kept])
+
+    def unpack(self) -> Tensor:
+        weight = self.values.new_zeros(self.shape)
+        kept = np.unpackbits(self.bits.numpy(), count=weight.numel()).astype(bool)
+        weight.view(-1)[torch.from_numpy(kept)] = self.values
+        return weight
+
+
 def pack(weight: Tensor) -> Format:
-    """The format that stores `weight` in the fewest bytes, found from its zeros; of equals the coarsest.
+    """The format that stores structure in the fewest bytes, found from the zeros of `weight`; of equals the coarsest.
 
     Takes Conv2d ``[C_out, C_in, K_h, K_w]`` and Linear ``[out, in]`` weights of any float type.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import ModuleType
 
 import pandas as pd
@@ -12,7 +13,7 @@ from torch.nn.utils import fusion
 
 from reprolib.models import weight_in_place
 from reprolib.sparse import compilation, cpu, cuda, portable
-from reprolib.sparse.formats import pack
+from reprolib.sparse.formats import Bitmap, Format, pack
 
 # Two kinds of layers cost little, zeros or not, and are packed beside pruned ones, because leaving the kernels' layout
 # for them would cost more: a convolution with fewer columns than this before one (the first of a network has 27), and a
@@ -37,23 +38,35 @@ class _Prepared(dict):
 class SparseLayer(nn.Module):
     """A pruned convolution or linear layer with its bias and, if asked, ReLU and 2x2 max-pool, for inference.
 
-    `weight` is a `Format`; the arrays that a kernel works from are prepared at the first call on each device.
+    `kept` holds its weights. The arrays that a kernel works from are prepared at the first call on each device.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, relu: bool = False, pool: bool = False):
         super().__init__()
         weight = weight.detach().cpu()
-        self.weight = pack(weight)
+        self.kept = Bitmap.pack(weight)
         self.sparsity = 1 - weight.count_nonzero().item() / weight.numel()
         self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().cpu().clone()
         self.relu, self.pool = relu, pool
         self.dtype = torch.float32  # of what is multiplied; sums are float32 always
-        self._plans, self._network = _Prepared(), _Prepared()
+        self._plans, self._network, self._formats = _Prepared(), _Prepared(), _Prepared()
+
+    @property
+    def weight(self) -> Format:
+        """The weight in the format of its structure; finding that takes a while, so it waits until somebody asks."""
+        if self.dtype not in self._formats:
+            self._formats[self.dtype] = pack(self.kept.unpack())
+        return self._formats[self.dtype]
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[C_out, C_in, K, K]`` or ``[out, in]``."""
+        return self.kept.shape
 
     @property
     def halo(self) -> int:
         """Pixels of zeros that the kernels expect around the input: 1 for a 3x3 convolution, else 0."""
-        return 1 if self.weight.shape[2:] == (3, 3) else 0
+        return 1 if self.shape[2:] == (3, 3) else 0
 
     def plan(self, backend: ModuleType, device: torch.device, halo_out: int):
         """What `backend` works from, on `device`; prepared once."""
@@ -61,7 +74,7 @@ class SparseLayer(nn.Module):
         if key not in self._plans:
             arguments = {} if backend is portable else {"device": device}
             self._plans[key] = backend.plan(
-                self.weight.unpack(), self.bias, relu=self.relu, pool=self.pool, halo_out=halo_out, **arguments
+                self.kept.unpack(), self.bias, relu=self.relu, pool=self.pool, halo_out=halo_out, **arguments
             )
         return self._plans[key]
 
@@ -70,15 +83,15 @@ class SparseLayer(nn.Module):
 
     def round_to_bfloat16(self) -> None:
         """Keep weights as bfloat16, and multiply activations rounded to it."""
-        self.weight, self.dtype = pack(self.weight.unpack().bfloat16()), torch.bfloat16
+        self.kept, self.dtype = replace(self.kept, values=self.kept.values.bfloat16()), torch.bfloat16
 
     def for_engine(self) -> cpu.Layer:
         """Weight and bias as float32 arrays, and what follows."""
-        weight, bias = (array.float().contiguous().numpy() for array in (self.weight.unpack(), self.bias))
+        weight, bias = (array.float().contiguous().numpy() for array in (self.kept.unpack(), self.bias))
         return cpu.Layer(weight, bias, self.relu, self.pool, self.halo)
 
     def extra_repr(self) -> str:
-        shape = self.weight.shape
+        shape = self.shape
         parts = [f"{shape[1]}, {shape[0]}", "×".join(map(str, shape[2:])), "ReLU" * self.relu, "max-pool" * self.pool]
         parts += ["bfloat16" * (self.dtype == torch.bfloat16), str(self.weight), f"sparsity={self.sparsity:.4f}"]
         parts += [f"storage_bytes={self.weight.storage_bytes}"]
@@ -130,7 +143,7 @@ def run(layers: list[nn.Module], x: Tensor, prepared: dict | None = None) -> Ten
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("sparse layers have no gradient: call them under torch.inference_mode()")
     first = layers[0]
-    if x.dim() != (2 if isinstance(first, SparseLinear) else 4) or x.shape[1] != first.weight.shape[1]:
+    if x.dim() != (2 if isinstance(first, SparseLinear) else 4) or x.shape[1] != first.shape[1]:
         raise ValueError(f"input of shape {tuple(x.shape)} does not fit {first}")
     if not x.is_floating_point():
         raise ValueError(f"input is {x.dtype}, sparse layers take floating-point numbers")
@@ -152,12 +165,12 @@ def _check_maps(layers: list[nn.Module], maps: Tensor) -> None:
         if isinstance(layer, nn.Flatten):
             channels, height, width = channels * height * width, 1, 1
             continue
-        if channels != layer.weight.shape[1]:
-            expected = layer.weight.shape[1]
+        if channels != layer.shape[1]:
+            expected = layer.shape[1]
             raise ValueError(f"activations of {channels} channels do not fit a layer of {expected} input channels")
         if layer.pool and min(height, width) < 2:
             raise ValueError(f"maps of {height}x{width} pixels are too small for the max-pool of {layer}")
-        channels, height, width = layer.weight.shape[0], height // (1 + layer.pool), width // (1 + layer.pool)
+        channels, height, width = layer.shape[0], height // (1 + layer.pool), width // (1 + layer.pool)
 
 
 def _whole(layers: list[nn.Module], maps: Tensor, prepared: dict | None) -> Tensor:
@@ -251,11 +264,11 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
     for name, layer in sparse_model.named_modules():
         if isinstance(layer, SparseLayer):
             rows[name] = {
-                "layer": "×".join(map(str, layer.weight.shape)),
+                "layer": "×".join(map(str, layer.shape)),
                 "format": str(layer.weight),
                 "sparsity_pct": 100 * layer.sparsity,
                 "storage_bytes": layer.weight.storage_bytes,
-                "dense_bytes": layer.weight.shape.numel() * layer.weight.values.element_size(),
+                "dense_bytes": layer.shape.numel() * layer.kept.values.element_size(),
                 "runs_in": _kernels(_backend(layer.bias.device, layer.dtype), layer.dtype),
             }
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and not bool(layer.weight.all()):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reprolib.patterns import Balanced, Block, Unstructured, Vector, gemm_view
 from reprolib.sparse import formats
-from reprolib.sparse.formats import BalancedBlocks, Blocks, ColumnVectors, pack
+from reprolib.sparse.formats import BalancedBlocks, Bitmap, Blocks, ColumnVectors, pack
 
 # Divides by no size of two.
 RAGGED = [
@@ -43,6 +43,16 @@ def test_blocks_by_hand():
     assert packed.block_cols.tolist() == [0, 2, 1]
     assert packed.values.tolist() == [[[1, 2], [0, 3]], [[5, 0], [0, 0]], [[7, 8], [0, 0]]]
     assert packed.storage_bytes == 3 * 4 + 3 * 2 + 12 * 4
+
+
+def test_bitmap_by_hand():
+    weight = torch.tensor([[0, 2.0, 0], [-1, 0, -0.0], [0, 0, 5]])
+    found = Bitmap.pack(weight)
+    assert found.values.tolist() == [2, -1, 5]
+    assert found.bits.tolist() == [0b01010000, 0b10000000]
+    assert torch.equal(found.unpack(), weight) and found.storage_bytes == 3 * 4 + 2
+    transposed = weight.T[None, None]
+    assert torch.equal(Bitmap.pack(transposed).unpack(), transposed)
 
 
 def test_column_vectors_by_hand():

@@ -327,7 +327,7 @@ def test_the_model_is_left_as_it_was(pruned_vgg):
     for layer in sparse.modules():
         if isinstance(layer, SparseLayer):
             layer.bias.fill_(9)
-            layer.weight.values.fill_(9)
+            layer.kept.values.fill_(9)
     assert str(pruned_vgg) == text
     assert all(torch.equal(value, state[name]) for name, value in pruned_vgg.state_dict().items())
     assert torch.equal(pruned_vgg(x), before)
@@ -577,7 +577,7 @@ def test_describe():
             "sparsity_pct": pytest.approx(100 * 287 / 288),
             "storage_bytes": 9 * 4 + 2 + 4,
             "dense_bytes": 288 * 4,
-            "runs_in": layers._kernels(layers._backend(torch.device("cpu"))),
+            "runs_in": layers._kernels(layers._backend(torch.device("cpu")), torch.float32),
         },
         "3.0": {
             "layer": "4×16",
@@ -585,7 +585,7 @@ def test_describe():
             "sparsity_pct": 75.0,
             "storage_bytes": 2 * 4 + 2 + 16 * 4,
             "dense_bytes": 64 * 4,
-            "runs_in": layers._kernels(layers._backend(torch.device("cpu"))),
+            "runs_in": layers._kernels(layers._backend(torch.device("cpu")), torch.float32),
         },
     }
 
@@ -718,7 +718,7 @@ def test_network_through_the_gpu_kernels_specification(monkeypatch):
         model(images.repeat(3, 1, 1, 1) + 0.1 * torch.randn(9, 3, 32, 32))
         model.eval()
         expected = model(images)
-        monkeypatch.setattr(layers, "_backend", lambda device: cuda)
+        monkeypatch.setattr(layers, "_backend", lambda device, dtype: cuda)
         logits = sparsify(model)(images)
     assert float((logits - expected).norm() / expected.norm()) < 0.02
     assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
