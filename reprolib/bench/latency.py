@@ -20,7 +20,15 @@ import pandas as pd
 import torch
 
 from reprolib.bench.peers import Peers
-from reprolib.bench.rivals import SPARSE, Specs, ceilings, kernel_type, layer_contenders, network_contenders
+from reprolib.bench.rivals import (
+    SPARSE,
+    Specs,
+    ceilings,
+    condition_contenders,
+    kernel_type,
+    layer_contenders,
+    network_contenders,
+)
 from reprolib.bench.timing import Contender, measure
 from reprolib.experiments import records
 from reprolib.experiments.profiles import Profile
@@ -43,6 +51,7 @@ PATTERNS = {
 }
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 SHORT_SPARSITY = 0.9
+CONDITIONED = ("block", "hybrid", "unstructured")  # of them: what threads and caches do to their latencies
 # C_in, C_out, H = W: the distinct pruned convolutions of VGG-16
 LAYERS = (
     (64, 64, 32),
@@ -90,17 +99,19 @@ def benchmark(
 ) -> None:
     """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
 
-    ``own``: the profile's networks; ``all``: also full-width VGG-16 and its layers; ``short``: of those only full-width
-    VGG-16, one sparsity. What tells most comes first; a line says of each contest what came out and what time is left.
+    ``own``: the profile's networks; ``all``: also full-width VGG-16, its layers, and other numbers of threads;
+    ``short``: of those only full-width VGG-16, one sparsity. What tells most comes first; a line says of each contest
+    what came out and what time is left.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
 
     One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
-    the layers; first look: one network, before all others, that no figure shows), name, width, batch, device, dtype,
-    pattern, spec, target_sparsity, sparsity (of the pruned layers), implementation, seed, rounds, latency_us (median)
-    with latency_q1_us and latency_q3_us, speedup (over the fastest dense one, by whichever engine, of the same contest
-    and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind (measured), commit, hardware, threads, torch.
+    the layers; conditions: on fewer threads and with swept caches; first look: one network, before all others, that no
+    figure shows), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
+    implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest
+    dense one, by whichever engine, of the same contest and of the type of the kernels: fp32 on a CPU, fp16 on a GPU),
+    kind (measured), commit, hardware, threads, torch.
 
     Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """
@@ -158,7 +169,8 @@ def result(rows: pd.DataFrame, device: str) -> str:
     what = f"{rows['name'].iloc[0]}, batch {rows['batch'].iloc[0]}, seed {rows['seed'].iloc[0]}"
     hybrid = rows[(rows["pattern"] == "hybrid") & (rows["implementation"] == SPARSE)]
     if hybrid.empty:
-        parts = [f"{row.implementation} {row.latency_us / 1e3:.3g} ms" for row in rows.itertuples()]
+        shown = rows[rows["pattern"] == ("hybrid" if (rows["pattern"] == "hybrid").any() else "dense")]
+        parts = [f"{row.implementation} {row.latency_us / 1e3:.3g} ms" for row in shown.itertuples()]
         return f"{what}: {', '.join(parts)}"
     row = hybrid.loc[(hybrid["target_sparsity"] - SHORT_SPARSITY).abs().idxmin()]
     dense_us = _best_dense_us(rows, device)
@@ -191,6 +203,7 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
     if extent == "short":
         specs = tuple(spec for spec in SURVEY if spec[-1] == SHORT_SPARSITY)
         yield from (network(1.0, 0, batch, specs) for batch in batches)
+        yield from _conditions(device)
         return
     survey = extent == "all"
     own = profile_specs(profile)
@@ -216,8 +229,18 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
         yield Contest(
             name | {"device": device}, partial(layer_contenders, c_in, c_out, size, batch, device, SURVEY), effort
         )
+    yield from _conditions(device)
     name = {"scope": "ceiling", "name": "arithmetic and memory", "width": 1.0, "batch": 1, "seed": 0, "device": device}
     yield Contest(name, partial(ceilings, device))
+
+
+def _conditions(device: str) -> Iterator[Contest]:
+    """On a CPU: how threads and caches matter."""
+    specs = tuple(spec for spec in SURVEY if spec[0] in CONDITIONED and spec[-1] == SHORT_SPARSITY)
+    for batch in BATCHES["cpu"] if device == "cpu" else ():
+        name = {"scope": "conditions", "name": "VGG-16 ×1", "width": 1.0, "batch": batch, "seed": 0, "device": device}
+        effort = effort_s(VGG_LAYERS, VGG_WEIGHTS, VGG_MACS, batch, device, 3 * len(specs), batch > 1)
+        yield Contest(name, partial(condition_contenders, batch, specs), effort)
 
 
 def effort_s(

@@ -8,16 +8,18 @@ Only the masks matter for speed, so the networks are untrained; batch norm is fo
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
 from reprolib import pruning, sparse
-from reprolib.bench import peers
+from reprolib.bench import engine, peers
 from reprolib.bench.timing import Contender, rotating
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
@@ -28,6 +30,8 @@ from reprolib.training.precision import usable
 SPARSE = "sparse kernels"
 SPARSE_BF16 = "sparse kernels, bf16"  # a way of its own: claims and figures are about fp32
 INPUTS = 4  # that take turns
+SWEPT = "caches swept"
+SWEEP_BYTES = 2**28  # written between two calls: more than caches hold
 PEER_SPARSITY = 0.9  # at which PyTorch's BSR product is tuned and timed
 
 # What bounds any layer: a product of square matrices, and a copy that no cache holds.
@@ -65,6 +69,55 @@ def network_contenders(
                 pruned = (_pruned(dense, *spec) for spec in specs)
                 found += [peers.peer_contender(engine, _folded(model), images, **about) for about, model in pruned]
     return found
+
+
+def condition_contenders(batch: int, specs: Specs) -> list[Contender]:
+    """Full-width VGG-16 on a CPU, dense and pruned, on 1, 2, 4 .. threads, up to those torch may use now.
+
+    One image also with caches that hold nothing of the network: other data were written before each call. The name of
+    an implementation ends with its condition.
+    """
+    dense, sparse_models = _networks(1.0, 0, "cpu", specs)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
+    rows = [x.to(memory_format=torch.channels_last) for x in images]
+    dense = _folded(dense).to(memory_format=torch.channels_last)
+    ways = [("oneDNN, channels last", rotating(dense, rows, "cpu"), {})]
+    ways += [(SPARSE, rotating(model, images, "cpu"), about) for about, model in sparse_models if about]
+    most = torch.get_num_threads()
+    found = []
+    for threads in (2**n for n in range(most.bit_length())):
+        for name, call, about in ways:
+            condition = f"{threads} thread{'s' * (threads > 1)}"
+            found.append(Contender(f"{name}, {condition}", "fp32", _on_threads(call, threads), **about))
+    if batch == 1:
+        memory = np.zeros(SWEEP_BYTES, np.uint8)
+        for name, call, about in ways:
+            swept = Contender(f"{name}, {SWEPT}", "fp32", call, **about, time_us=partial(_swept_us, call, memory))
+            found.append(swept)
+    return found
+
+
+def _on_threads(call: Callable[[], object], threads: int) -> Callable[[], object]:
+    def limited() -> object:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(before)
+
+    return limited
+
+
+def _swept_us(call: Callable[[], object], memory: np.ndarray) -> float:
+    """One call, in microseconds, when caches hold other things; then threads come to rest."""
+    memory += 1
+    started = time.perf_counter_ns()
+    call()
+    us = (time.perf_counter_ns() - started) / 1e3
+    engine.rest()
+    return us
 
 
 @lru_cache(maxsize=1)  # the batches of a seed share its networks

@@ -124,6 +124,27 @@ def latency_table(networks: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=lambda sparsity: f"{100 * sparsity:g} %")
 
 
+def condition_table(latency: pd.DataFrame) -> pd.DataFrame:
+    """Texts of what threads and caches do to whole networks, out of ``latency.csv``: a row per batch and network.
+
+    Columns are numbers of threads, and swept caches, where they were timed. Empty where none of that was.
+    """
+    rows = latency[latency["scope"] == "conditions"]
+    if rows.empty:
+        return pd.DataFrame()
+    conditions = list(dict.fromkeys(rows["implementation"].str.rsplit(", ", n=1).str[1]))
+    place = {name: n for n, name in enumerate(["dense", *ordered(rows["pattern"])])}
+    order = {"batch": lambda batches: batches, "pattern": lambda names: names.map(place)}
+    rows = rows.sort_values(["batch", "pattern"], key=lambda column: order[column.name](column))
+    pruned = rows["pattern"] + ", " + (100 * rows["target_sparsity"]).map("{:g} %".format)
+    named = rows["implementation"].str.rsplit(", ", n=1, expand=True)
+    network = pruned.where(rows["pattern"] != "dense", "dense: " + named[0])
+    names = "batch " + rows["batch"].astype(str) + ", " + network
+    texts = pd.DataFrame({"network": names, "condition": named[1], "text": rows["latency_us"].map(duration)})
+    table = texts.pivot(index="network", columns="condition", values="text").fillna("")
+    return table.loc[names.unique(), conditions].rename_axis(index=None, columns=None)
+
+
 def duration(microseconds: float) -> str:
     """Three digits and a unit: 45.6 µs, 1.23 ms, 789 ms, 1.23 s."""
     value, unit = next(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from reprolib import models
 from reprolib.bench import latency, rivals, timing
 from reprolib.experiments import profiles, records
 from reprolib.files.deadline import OutOfTime
@@ -124,8 +125,8 @@ def test_best_dense_is_over_all_engines_in_the_type_of_the_kernels():
 
 def test_short_extent_is_one_sparsity_of_one_full_network():
     contests = list(latency._contests(profiles.load("laptop"), "cpu", "short"))
-    named = [(c.name["width"], c.name["seed"], c.name["batch"]) for c in contests]
-    assert named == [(1.0, 0, 1), (1.0, 0, 16), (1.0, 0, 64)]
+    named = [(c.name["scope"], c.name["width"], c.name["seed"], c.name["batch"]) for c in contests]
+    assert named == [(scope, 1.0, 0, batch) for scope in ("network", "conditions") for batch in (1, 16, 64)]
     specs = contests[0].prepare.args[-1]
     assert {pattern for pattern, _, _ in specs} == set(latency.PATTERNS) and {spec[2] for spec in specs} == {0.9}
 
@@ -140,7 +141,7 @@ def test_most_telling_contests_come_first(name, spec):
     assert (pattern, sparsity) == ("hybrid", 0.9) and text == (spec or text)
     assert first.effort_s == min(contest.effort_s for contest in contests if contest.name["scope"] != "ceiling")
     scopes = [contest.name["scope"] for contest in others]
-    assert scopes == sorted(scopes, key=["network", "layer", "ceiling"].index)
+    assert scopes == sorted(scopes, key=["network", "layer", "conditions", "ceiling"].index)
     networks = [(c.name["seed"], c.name["width"], c.name["batch"]) for c in others if c.name["scope"] == "network"]
     seeds = [seed for seed, _, _ in networks]
     assert seeds == sorted(seeds) and {width for seed, width, _ in networks if seed == 0} == {
@@ -148,6 +149,28 @@ def test_most_telling_contests_come_first(name, spec):
         contests[0].name["width"],
     }
     assert [batch for _, _, batch in networks] == [1, 16, 64] * (len(networks) // 3), "networks are pruned once for all"
+
+
+def test_conditions_are_threads_and_swept_caches(monkeypatch):
+    """On one thread the kernels give what they give on all, and afterwards all are used again."""
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(rivals, "vgg16", lambda classes, width: models.vgg16(classes, 0.125))
+    rivals._networks.cache_clear()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode():
+            found = rivals.condition_contenders(1, (("block", "Block(4, 4)", 0.5),))
+            for contender in found:
+                contender.call(), seen.append(torch.get_num_threads())
+            assert rivals._on_threads(torch.get_num_threads, 2)() == 2
+            assert all(us > 0 for us in (c.time_us() for c in found if c.time_us))
+    finally:
+        torch.set_num_threads(threads)
+        rivals._networks.cache_clear()
+    assert set(seen) == {3}
+    ways = ["oneDNN, channels last", latency.SPARSE]
+    names = [f"{way}, {condition}" for condition in ("1 thread", "2 threads", rivals.SWEPT) for way in ways]
+    assert [c.implementation for c in found] == names
 
 
 def test_profile_without_hybrid_has_a_first_look_too():
@@ -316,6 +339,7 @@ def test_survey_covers_all_patterns_and_shapes():
         ("network", 0.25),
         ("network", 1.0),
         ("layer", 1.0),
+        ("conditions", 1.0),
         ("ceiling", 1.0),
     }
     layers = {(c["name"], c["batch"]) for c in contests if c["scope"] == "layer"}

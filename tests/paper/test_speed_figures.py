@@ -34,6 +34,33 @@ def test_duration_has_three_digits_and_a_unit():
     assert texts == ["45.6 µs", "999 µs", "1.00 ms", "1.23 ms", "12.3 ms", "789 ms", "2.67 s"]
 
 
+def test_condition_table_by_hand():
+    columns = ["scope", "batch", "pattern", "target_sparsity", "implementation", "latency_us"]
+    latency = pd.DataFrame(
+        [
+            ("network", 1, "block", 0.9, "sparse kernels", 1.0),
+            ("conditions", 16, "block", 0.9, "sparse kernels, 1 thread", 8000.0),
+            ("conditions", 16, "block", 0.9, "sparse kernels, 2 threads", 4000.0),
+            ("conditions", 1, "unstructured", 0.9, "sparse kernels, 1 thread", 3000.0),
+            ("conditions", 1, "block", 0.9, "sparse kernels, 1 thread", 2000.0),
+            ("conditions", 1, "dense", 0.0, "oneDNN, channels last, 1 thread", 9000.0),
+            ("conditions", 1, "dense", 0.0, "oneDNN, channels last, 2 threads", 5000.0),
+            ("conditions", 1, "block", 0.9, "sparse kernels, caches swept", 3000.0),
+        ],
+        columns=columns,
+    )
+    table = speed_figures.condition_table(latency)
+    assert table.to_dict("index") == {
+        "batch 1, dense: oneDNN, channels last": {"1 thread": "9.00 ms", "2 threads": "5.00 ms", "caches swept": ""},
+        "batch 1, unstructured, 90 %": {"1 thread": "3.00 ms", "2 threads": "", "caches swept": ""},
+        "batch 1, block, 90 %": {"1 thread": "2.00 ms", "2 threads": "", "caches swept": "3.00 ms"},
+        "batch 16, block, 90 %": {"1 thread": "8.00 ms", "2 threads": "4.00 ms", "caches swept": ""},
+    }
+    assert list(table.columns) == ["1 thread", "2 threads", "caches swept"]
+    assert [name.split()[2] for name in table.index] == ["dense:", "unstructured,", "block,", "block,"]
+    assert speed_figures.condition_table(latency.head(1)).empty
+
+
 @pytest.fixture
 def networks():
     """Two batches of one network: dense ways, and two patterns at two sparsities."""
