@@ -19,7 +19,7 @@ from reprolib.files import paths
 
 NAMES = ("noisy-digits", "cifar10", "cifar100")
 NOISE = 200.0  # on digits: standard deviation, where black is 0 and white 255; without it pruning costs next to nothing
-COPIES, TEST_COPIES = 2, 5  # of each digit, each with its own noise; more for the test, which is read only at the end
+COPIES, TEST_COPIES = 2, 5  # of each digit, each with its own noise; more for the test, which is seldom read
 CONNECTION_S = 15.0  # how long a silent network is waited for
 
 
