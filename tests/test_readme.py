@@ -54,6 +54,11 @@ def test_table_of_speeds_holds_the_committed_latencies():
     check_lines("speed.md", r"\| batch \d+, ", table, 10)
 
 
+def test_table_of_threads_and_caches_holds_the_committed_latencies():
+    table = speed_figures.condition_table(records.read_csv(LAPTOP / "latency-short.csv"))
+    check_lines("speed.md", r"\| [^|]+, batch \d+ \| ", table, len(table))
+
+
 def check_lines(page, start, table, fewest):
     """The lines of a page that begin so are rows of the table."""
     lines = [line for line in TEXTS[page].splitlines() if re.match(start, line)]

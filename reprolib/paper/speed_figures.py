@@ -139,7 +139,7 @@ def condition_table(latency: pd.DataFrame) -> pd.DataFrame:
     pruned = rows["pattern"] + ", " + (100 * rows["target_sparsity"]).map("{:g} %".format)
     named = rows["implementation"].str.rsplit(", ", n=1, expand=True)
     network = pruned.where(rows["pattern"] != "dense", "dense: " + named[0])
-    names = "batch " + rows["batch"].astype(str) + ", " + network
+    names = network + ", batch " + rows["batch"].astype(str)
     texts = pd.DataFrame({"network": names, "condition": named[1], "text": rows["latency_us"].map(duration)})
     table = texts.pivot(index="network", columns="condition", values="text").fillna("")
     return table.loc[names.unique(), conditions].rename_axis(index=None, columns=None)
