@@ -179,7 +179,7 @@ def variation_dots(rows: pd.DataFrame) -> Figure:
         )
         axis.set(xlabel=label, ylabel="")
         axis.grid(axis="y", alpha=0.4)
-    axes[1].set_xlim(left=0)
+    axes[1].set_xlim(0, 1.06 * rows["mflop"].max())
     figure.suptitle(f"hybrid at {_sparsity_text(rows)} sparsity", fontsize="medium")
     return figure
 

@@ -206,6 +206,7 @@ def test_variations_show_what_they_cost_beside_what_they_gain():
     dots = [np.concatenate([c.get_offsets()[:, 0] for c in axis.collections]).tolist() for axis in axes]
     assert sorted(dots[0]) == [74.0, 75.0, 81.0] and sorted(dots[1]) == [2.5, 2.5, 6.0]
     assert [axis.lines[0].get_xdata()[0] for axis in axes] == [74.5, 2.5]
+    assert axes[1].get_xlim()[1] > 6.2, "the last dot is whole"
 
 
 def test_budget_curve_goes_over_the_epochs_of_default_hybrids():
