@@ -7,10 +7,9 @@ Sums are float32. A pair of weights costs one instruction, whether one of them i
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from reprolib.sparse.cpu import encoder
 from reprolib.sparse.cpu.avx512 import (
-    BYTES,
     CHUNK,
     CHUNK_OF_FEW,
     LANES,
@@ -32,7 +31,7 @@ from reprolib.sparse.cpu.avx512 import (
 from reprolib.sparse.cpu.encoder import Operation
 
 __all__ = [
-    "BYTES", "CHUNK", "CHUNK_OF_FEW", "LANES", "MASK_BYTES", "REACH", "REGISTERS", "TEMPORARIES", "bits_or",
+    "CHUNK", "CHUNK_OF_FEW", "LANES", "MASK_BYTES", "REACH", "REGISTERS", "TEMPORARIES", "bits_or",
     "broadcast", "load", "load_masks", "mask_table", "maximum", "store", "zero",
 ]  # fmt: skip
 
@@ -52,9 +51,8 @@ def words(weight: np.ndarray) -> np.ndarray:
 
     The lower half of a word is the nearest bfloat16 of an even input channel, the upper half that of the next one.
     """
-    bits = encoder.words(weight).astype(np.uint64)
-    near = np.where(np.isnan(weight), bits >> 16 | 64, bits + 0x7FFF + (bits >> 16 & 1) >> 16)
-    return (near[:, ::2] | near[:, 1::2] << 16).astype(np.uint32)
+    halves = torch.from_numpy(weight + np.float32(0)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return halves[:, ::2] | halves[:, 1::2].astype(np.uint32) << 16
 
 
 def multiply_add(total, x, base, disp, lanes=LANES):

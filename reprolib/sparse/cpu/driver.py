@@ -19,9 +19,8 @@ VECTORS = planner.BAND
 SCRATCH = 32 * 64 * VECTORS  # bytes for the sums of a band: at most 32 registers of 64 bytes
 GROUP, GROUPS, PLACE, PLACES, MASKS, MASK_BYTES, SUM_BYTES = range(7)  # of a stage; see Program
 KIND, TASKS, STAGE, SOURCE, SOURCE_STRIDE, TARGET, TARGET_STRIDE, BUNDLE, BUNDLES, BAND, PARTS = range(11)
-CHANNELS, HEIGHT, WIDTH, IMAGES, FIRST, CHANNEL, ROW, COLUMN, ZEROS, ZEROS_END, PAIRS = range(
-    11
-)  # of a layout, in numbers
+# Of a layout, in numbers of 32 bits:
+CHANNELS, HEIGHT, WIDTH, IMAGES, FIRST, CHANNEL, ROW, COLUMN, ZEROS, ZEROS_END, PAIRS = range(11)
 LINGER = 20_000  # pauses for which a helper stays awake after its work: waking up takes long
 
 
@@ -99,29 +98,18 @@ def _pool(arena, source, raw, target, layout, first, last):
     for c in range(first, last):
         for h in range(layout[HEIGHT]):
             upper = source + raw[FIRST] + c * (1 + layout[PAIRS]) * raw[CHANNEL] + 2 * h * raw[ROW]
-            lower = upper + raw[ROW]
             to = target + layout[FIRST] + c * layout[CHANNEL] + h * layout[ROW]
-            if layout[PAIRS]:
-                other = raw[CHANNEL]
+            if images == 1 and not layout[PAIRS]:  # of its own: so it becomes vector instructions
                 for w in range(width):
-                    for i in range(images):
-                        pixel = upper + 2 * w * images + i
-                        low = _largest(arena, pixel, images, raw[ROW])
-                        put(arena, to + w * images + i, paired(low, _largest(arena, pixel + other, images, raw[ROW])))
-                continue
-            if images == 1:
-                for w in range(width):
-                    above = _larger(get(arena, upper + 2 * w), get(arena, upper + 2 * w + 1))
-                    below = _larger(get(arena, lower + 2 * w), get(arena, lower + 2 * w + 1))
-                    put(arena, to + w, _larger(above, below))
+                    put(arena, to + w, _largest(arena, upper + 2 * w, 1, raw[ROW]))
                 continue
             for w in range(width):
-                left = 2 * w * images
-                right = left + images
                 for i in range(images):
-                    above = _larger(get(arena, upper + left + i), get(arena, upper + right + i))
-                    below = _larger(get(arena, lower + left + i), get(arena, lower + right + i))
-                    put(arena, to + w * images + i, _larger(above, below))
+                    pixel = upper + 2 * w * images + i
+                    number = _largest(arena, pixel, images, raw[ROW])
+                    if layout[PAIRS]:
+                        number = paired(number, _largest(arena, pixel + raw[CHANNEL], images, raw[ROW]))
+                    put(arena, to + w * images + i, number)
 
 
 @compiled(nogil=True)

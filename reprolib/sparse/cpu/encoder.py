@@ -15,11 +15,8 @@ BYTES = {16: 64, 8: 32, 4: 16}  # of a vector, by its lanes of 32 bits
 # Registers of addresses, as the calling convention of x86-64 (System V) hands them over.
 RDX, RCX, RSI, RDI, R8 = 2, 1, 6, 7, 8
 
-LEFT, RIGHT, WRITTEN = (
-    1,
-    2,
-    3,
-)  # masks of an output vector: lanes that may read to their left and right, that are written
+# Masks of an output vector: lanes that may read to their left and right, that are written.
+LEFT, RIGHT, WRITTEN = 1, 2, 3
 
 LEAVE = bytes((0xC5, 0xF8, 0x77, 0xC3))  # vzeroupper; ret
 
