@@ -64,10 +64,10 @@ def network_contenders(
             found.append(Contender(SPARSE_BF16, "bf16", rotating(small, images, device), spins=False, **about))
     if others:
         found += peers.dense_contenders(_folded(dense), images, others)
-        for engine in others.engines:
-            if engine.name == peers.USES_ZEROS and (width, seed) == (1.0, 0):
+        for peer in others.engines:
+            if peer.name == peers.USES_ZEROS and (width, seed) == (1.0, 0):
                 pruned = (_pruned(dense, *spec) for spec in specs)
-                found += [peers.peer_contender(engine, _folded(model), images, **about) for about, model in pruned]
+                found += [peers.peer_contender(peer, _folded(model), images, **about) for about, model in pruned]
     return found
 
 
