@@ -1,0 +1,238 @@
+"""What a sparse network computes: operations on values, and what each of them means in torch.
+
+A value is *maps*, ``[N, C, H, W]``, or *rows*, ``[.., features]``. Value i of a graph is its i-th input or, behind
+these, what operation i minus the number of inputs has given. Batch norms and average pools are convolutions here, with
+as many groups as channels: a kernel for any zeros needs no other kind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """`torch.nn.functional.conv2d` of maps, then `addend` is added, then comes an activation, then a 2x2 max-pool.
+
+    `weight` is the key of its weight ``[C_out, C_in / groups, K_h, K_w]`` and bias ``[C_out]``.
+    """
+
+    source: int
+    weight: str
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    addend: int | None = None
+    activation: str | None = None
+    pool: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`torch.nn.functional.linear` of rows, then `addend` is added, then comes an activation.
+
+    `weight` is the key of its weight ``[out, in]`` and bias ``[out]``.
+    """
+
+    source: int
+    weight: str
+    addend: int | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """`torch.nn.functional.max_pool2d` of maps, without dilation."""
+
+    source: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of each map: ``[N, C, 1, 1]``."""
+
+    source: int
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """Maps as rows ``[N, C * H * W]``."""
+
+    source: int
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of `ACTIVATIONS`."""
+
+    source: int
+    activation: str
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of two values of one shape."""
+
+    source: int
+    other: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """Maps times maps of the same shape, or times one number for each map, ``[N, C, 1, 1]``."""
+
+    source: int
+    other: int
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """The channels of maps one after the other."""
+
+    sources: tuple[int, ...]
+
+
+Operation = Convolution | Linear | MaxPool | Mean | Flatten | Activation | Sum | Product | Concatenation
+Weights = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """`inputs` says which inputs are maps (True) and which are rows; `outputs` are values."""
+
+    inputs: tuple[bool, ...]
+    operations: tuple[Operation, ...]
+    outputs: tuple[int, ...]
+
+    def numbered(self) -> list[tuple[int, Operation]]:
+        """Operations with the number of the value that each gives."""
+        return list(enumerate(self.operations, len(self.inputs)))
+
+
+def sources(operation: Operation) -> tuple[int, ...]:
+    """The values that an operation reads."""
+    if isinstance(operation, Concatenation):
+        return operation.sources
+    found = (getattr(operation, name, None) for name in ("source", "other", "addend"))
+    return tuple(value for value in found if value is not None)
+
+
+def calculate(operation: Operation, values: Sequence[Tensor], weights: Weights) -> Tensor:
+    """What an operation means: the definition that kernels are tested against, and what runs where there is none."""
+    match operation:
+        case Convolution(source, key, stride, padding, dilation, groups):
+            y = F.conv2d(values[source], *weights[key], stride, padding, dilation, groups)
+        case Linear(source, key):
+            y = F.linear(values[source], *weights[key])
+        case MaxPool(source, kernel, stride, padding):
+            return F.max_pool2d(values[source], kernel, stride, padding)
+        case Mean(source):
+            return values[source].mean((2, 3), keepdim=True)
+        case Flatten(source):
+            return values[source].flatten(1)
+        case Activation(source, activation):
+            return ACTIVATIONS[activation](values[source])
+        case Sum(source, other):
+            return values[source] + values[other]
+        case Product(source, other):
+            return values[source] * values[other]
+        case Concatenation(parts):
+            return torch.cat([values[part] for part in parts], dim=1)
+    y = y if operation.addend is None else y + values[operation.addend]
+    y = ACTIVATIONS[operation.activation](y) if operation.activation else y
+    return F.max_pool2d(y, 2) if getattr(operation, "pool", False) else y
+
+
+def interpret(graph: Graph, inputs: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+    """All operations in torch, one after the other."""
+    values = list(inputs)
+    for operation in graph.operations:
+        values.append(calculate(operation, values, weights))
+    return tuple(values[output] for output in graph.outputs)
+
+
+# --- What follows a convolution becomes part of it --------------------------------------------------------------------
+
+
+def fused(graph: Graph) -> Graph:
+    """The same graph in fewer operations: sums, activations and 2x2 max-pools behind convolutions and linear layers."""
+    count = len(graph.inputs)
+    used = Counter(graph.outputs)
+    for operation in graph.operations:
+        used.update(sources(operation))
+    found: list[Operation | None] = list(graph.operations)
+    holder = {}  # of a value that is part of another operation now
+
+    def held(value: int) -> int:
+        return holder.get(value, value)
+
+    for value, operation in graph.numbered():
+        operation = _renamed(operation, held)
+        found[value - count] = operation
+        for source in sources(operation):
+            before = found[source - count] if source >= count else None
+            together = _together(before, source, operation) if used[source] == 1 else None
+            if together:
+                found[source - count], found[value - count] = together, None
+                holder[value], used[source] = source, used[value]
+                break
+    return _compact(graph, found, held)
+
+
+def _together(before: Operation | None, source: int, operation: Operation) -> Operation | None:
+    """One operation for two, where `before` gives the value `source`, which only `operation` reads."""
+    if not isinstance(before, (Convolution, Linear)) or getattr(before, "pool", False):
+        return None
+    match operation:
+        case Sum(a, b) if before.activation is before.addend is None and a != b and max(a, b) == source:
+            return replace(before, addend=min(a, b))  # the other one is there before
+        case Activation(_, activation) if before.activation is None:
+            return replace(before, activation=activation)
+        case MaxPool(_, (2, 2), (2, 2), (0, 0)) if isinstance(before, Convolution):
+            return replace(before, pool=True)
+    return None
+
+
+def _renamed(operation: Operation, name: Callable[[int], int]) -> Operation:
+    """An operation that reads values under other numbers."""
+    changes = {}
+    for field in fields(operation):
+        value = getattr(operation, field.name)
+        if field.name in ("source", "other", "addend") and value is not None:
+            changes[field.name] = name(value)
+        elif field.name == "sources":
+            changes[field.name] = tuple(map(name, value))
+    return replace(operation, **changes)
+
+
+def _compact(graph: Graph, operations: list[Operation | None], held: Callable[[int], int]) -> Graph:
+    """Numbers without gaps, where some operations are no more."""
+    count = len(graph.inputs)
+    numbers = {value: value for value in range(count)}
+    kept = []
+    for value, operation in enumerate(operations, count):
+        if operation is not None:
+            numbers[value] = count + len(kept)
+            kept.append(_renamed(operation, lambda old: numbers[held(old)]))
+    return Graph(graph.inputs, tuple(kept), tuple(numbers[held(output)] for output in graph.outputs))
