@@ -1,8 +1,8 @@
 """Pruned convolutions and linear layers on a CPU of x86: machine code made for the weights, for any mask.
 
-`avx512`, `avx512bf16` and `avx2` know instructions (`encoder`: what they share), `generator` makes the code of a layer,
-`planner` says where activations lie and in which order the work is done, `driver` does it, and `network` holds code and
-threads.
+`avx512`, `avx512bf16` and `avx2` know instructions (`encoder`: what they share), `generator` makes the code of a layer.
+`planner` says where values lie (`layout`), what layers read there (`geometry`) and what is to be done, `schedule` in
+which order, and `driver` does it (`moves`: all but layers). `network` holds code and threads.
 `reprolib.sparse.portable` has kernels for other CPUs.
 """
 
@@ -18,9 +18,8 @@ import numpy as np
 
 from reprolib.sparse.cpu import avx2, avx512, avx512bf16, encoder
 from reprolib.sparse.cpu.network import Network, Program, executable
-from reprolib.sparse.cpu.planner import Layer
 
-__all__ = ["Layer", "Network", "Program", "instruction_sets"]
+__all__ = ["Network", "Program", "instruction_sets"]
 
 
 @cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from reprolib.sparse.cpu import encoder
-from reprolib.sparse.cpu.encoder import LEFT, R8, WRITTEN, Operation, checked
+from reprolib.sparse.cpu.encoder import MOST_MASKS, R8, Operation, checked
 
 NAME, FEATURES = "AVX2", ("avx2", "fma")
 PAIRS, words = False, encoder.words  # numbers are float32
@@ -20,7 +20,6 @@ TEMPORARIES = 1  # registers that `multiply_add` needs, the last ones
 GROUP_ROWS = (14, 12, 8)  # output channels of a group: the size that takes the fewest instructions is chosen
 REACH = 32  # numbers before and behind a pointer that a displacement of one byte reaches
 CHUNK = CHUNK_OF_FEW = 1000  # multiplications that stay in the instruction cache
-MASK_BYTES = 3 * 4 * LANES  # of an output vector
 
 _AND, _OR, _XOR = Operation(1, 0, 0x54), Operation(1, 0, 0x56), Operation(1, 0, 0x57)  # vandps, vorps, vxorps
 _STORE_MASKED = Operation(2, 1, 0x2E)  # vmaskmovps
@@ -66,23 +65,28 @@ def bits_or(register, a, b, lanes=LANES):
     return of_registers(_OR, register, a, b, lanes)
 
 
+def add(register, a, base, disp, lanes=LANES):
+    """register = a + memory[base + disp]."""
+    return of_memory(encoder.ADD, register, a, base, disp, lanes)
+
+
 def zero(register, lanes=LANES):
     return of_registers(_XOR, register, register, register, lanes)
 
 
-def load_masks() -> bytes:
+def load_masks(count: int) -> bytes:
     """Nothing: masks stay where `mask_table` has them for the output vector at R8."""
     return b""
 
 
 def mask_table(lanes: np.ndarray) -> np.ndarray:
-    """Masks ``[vectors, 3, LANES]``, bool, as code reads them: ``[vectors, MASK_BYTES]`` uint8."""
-    return (-lanes.astype("<i4")).view(np.uint8).reshape(len(lanes), MASK_BYTES)
+    """Masks ``[vectors, masks, LANES]``, bool, as code reads them: ``[vectors, bytes]`` uint8."""
+    return (-lanes.astype("<i4")).view(np.uint8).reshape(len(lanes), 4 * LANES * lanes.shape[1])
 
 
 def _mask_at(mask: int) -> int:
     """Bytes from R8 to a mask."""
-    return 4 * LANES * (checked(mask, LEFT, WRITTEN, "mask") - 1)
+    return 4 * LANES * (checked(mask, 1, MOST_MASKS, "mask") - 1)
 
 
 # --- The VEX form -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from reprolib.sparse.cpu import encoder
-from reprolib.sparse.cpu.encoder import BYTES, LEFT, R8, RIGHT, WRITTEN, Operation, checked
+from reprolib.sparse.cpu.encoder import BYTES, MOST_MASKS, R8, Operation, checked
 
 NAME, FEATURES = "AVX-512", ("avx512f", "avx512vl")
 PAIRS, words = False, encoder.words  # numbers are float32
@@ -19,7 +19,6 @@ TEMPORARIES = 0  # registers that `multiply_add` needs
 GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen
 REACH = 128  # numbers before and behind a pointer that a displacement of one byte reaches
 CHUNK, CHUNK_OF_FEW = 1000, 8000  # multiplications that stay in the instruction cache; where code streams anyway
-MASK_BYTES = 8  # of an output vector
 
 _OR, _XOR = Operation(1, 1, 0xEB), Operation(1, 1, 0xEF)  # vpord, vpxord
 
@@ -53,20 +52,26 @@ def bits_or(register, a, b, lanes=LANES):
     return of_registers(_OR, register, a, b, lanes)
 
 
+def add(register, a, base, disp, lanes=LANES):
+    """register = a + memory[base + disp]."""
+    return of_memory(encoder.ADD, register, a, base, disp, lanes, BYTES[lanes])
+
+
 def zero(register, lanes=LANES):
     return of_registers(_XOR, register, register, register, lanes)
 
 
-def load_masks() -> bytes:
-    """Mask registers = what `mask_table` has for the output vector at R8 (kmovw)."""
+def load_masks(count: int) -> bytes:
+    """Mask registers from 1 on = what `mask_table` has for the output vector at R8 (kmovw)."""
     opcode = (0xC4, 0xC1, 0x78, 0x90)
-    return b"".join(bytes((*opcode, 0x40 | mask << 3 | R8 & 7, 2 * (mask - 1))) for mask in (LEFT, RIGHT, WRITTEN))
+    numbers = range(1, checked(count, 0, MOST_MASKS, "mask register") + 1)
+    return b"".join(bytes((*opcode, 0x40 | mask << 3 | R8 & 7, 2 * (mask - 1))) for mask in numbers)
 
 
 def mask_table(lanes: np.ndarray) -> np.ndarray:
-    """Masks ``[vectors, 3, LANES]``, bool, as code reads them: ``[vectors, MASK_BYTES]`` uint8."""
+    """Masks ``[vectors, masks, LANES]``, bool, as code reads them: ``[vectors, bytes]`` uint8."""
     bits = (lanes << np.arange(LANES)).sum(axis=2)
-    return np.pad(bits, ((0, 0), (0, 1))).astype("<u2").view(np.uint8)
+    return np.pad(bits, ((0, 0), (0, bits.shape[1] % 2))).astype("<u2").view(np.uint8)
 
 
 # --- The EVEX form ----------------------------------------------------------------------------------------------------

@@ -9,14 +9,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from reprolib.sparse.cpu import encoder
 from reprolib.sparse.cpu.avx512 import (
     CHUNK,
     CHUNK_OF_FEW,
     LANES,
-    MASK_BYTES,
     REACH,
     REGISTERS,
     TEMPORARIES,
+    add,
     bits_or,
     broadcast,
     load,
@@ -31,7 +32,7 @@ from reprolib.sparse.cpu.avx512 import (
 from reprolib.sparse.cpu.encoder import Operation
 
 __all__ = [
-    "CHUNK", "CHUNK_OF_FEW", "LANES", "MASK_BYTES", "REACH", "REGISTERS", "TEMPORARIES", "bits_or",
+    "CHUNK", "CHUNK_OF_FEW", "LANES", "REACH", "REGISTERS", "TEMPORARIES", "add", "bits_or",
     "broadcast", "load", "load_masks", "mask_table", "maximum", "store", "zero",
 ]  # fmt: skip
 
@@ -80,6 +81,11 @@ def half(register, upper, lanes=LANES):
     """register = one half of its pairs, the upper or the lower one, as float32."""
     left = _shifted(_LEFT, register, lanes)
     return np.concatenate([_shifted(_RIGHT, register, lanes), left], axis=1) if upper else left
+
+
+def plus(register, a, b, lanes=LANES):
+    """register = a + b."""
+    return of_registers(encoder.ADD, register, a, b, lanes)
 
 
 def _shifted(way, register, lanes):

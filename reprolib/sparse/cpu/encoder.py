@@ -13,10 +13,10 @@ import numpy as np
 BYTES = {16: 64, 8: 32, 4: 16}  # of a vector, by its lanes of 32 bits
 
 # Registers of addresses, as the calling convention of x86-64 (System V) hands them over.
-RDX, RCX, RSI, RDI, R8 = 2, 1, 6, 7, 8
+RDX, RCX, RSI, RDI, R8, R9 = 2, 1, 6, 7, 8, 9
 
-# Masks of an output vector: lanes that may read to their left and right, that are written.
-LEFT, RIGHT, WRITTEN = 1, 2, 3
+# Masks of an output vector: the first says which lanes are written, others which ones a tap may read.
+WRITTEN, MOST_MASKS = 1, 7
 
 LEAVE = bytes((0xC5, 0xF8, 0x77, 0xC3))  # vzeroupper; ret
 
@@ -34,6 +34,7 @@ LOAD, STORE = Operation(1, 0, 0x10), Operation(1, 0, 0x11)  # vmovups
 BROADCAST = Operation(2, 1, 0x18)  # vbroadcastss
 MULTIPLY_ADD = Operation(2, 1, 0xB8)  # vfmadd231ps
 MAXIMUM = Operation(1, 0, 0x5F)  # vmaxps
+ADD = Operation(1, 0, 0x58)  # vaddps
 
 
 def add(register: int, amount: int) -> bytes:

@@ -14,7 +14,7 @@ About 1,000 multiplications make a *chunk*. It runs for a band of output vectors
 in the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and
 SparseDNN; patents touch the field (US 11,216,732, US 10,915,816).
 
-A chunk is called as ``f(source, weights, sums, target, masks)``.
+A chunk is called as ``f(source, weights, sums, target, masks, addend)``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from types import ModuleType
 import numpy as np
 
 from reprolib.sparse.cpu import encoder
-from reprolib.sparse.cpu.encoder import BYTES, LEFT, RCX, RDI, RDX, RIGHT, RSI, WRITTEN
-from reprolib.sparse.cpu.planner import Stage
+from reprolib.sparse.cpu.encoder import BYTES, R9, RCX, RDI, RDX, RSI, WRITTEN
+from reprolib.sparse.cpu.geometry import Stage
 
 FEW = 8  # output vectors: code that runs for no more of them streams from memory
 AHEAD_BYTES, FETCH_EVERY = 8192, 6  # how far ahead streaming code fetches itself, and after how many multiplications
@@ -57,7 +57,7 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     Raises ValueError where code would read or write outside of its layouts.
     """
     _refuse_wild(stage)
-    weight = isa.words(stage.layer.weight.reshape(*stage.layer.weight.shape[:2], -1))
+    weight = isa.words(stage.weight)
     rows = _group_rows(weight != 0, isa.GROUP_ROWS)
     first_rows = np.append(np.arange(0, len(weight), rows), len(weight))
     kept, chunk_groups, chunk_starts = _in_order(weight != 0, rows, isa.CHUNK_OF_FEW if _streams(stage) else isa.CHUNK)
@@ -74,7 +74,7 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     weights = np.zeros(streams[-1], np.float32)
     weights.view(np.uint32)[streams[chunk_of] + at] = weight[first_rows[group] + row, channel, tap]
     output = np.arange(len(weight))
-    weights[streams[:-1][is_first][output // rows] + output % rows] = stage.layer.bias
+    weights[streams[:-1][is_first][output // rows] + output % rows] = stage.bias
 
     before = _each(sizes, is_first, lambda size, first: _prologue(stage, isa, size, first))
     behind = _each(sizes, is_last, lambda size, last: _epilogue(stage, isa, size, last))
@@ -134,15 +134,13 @@ def _packets(
 
     Pairs of the weights that need an instruction, and its bytes for these.
     """
-    source, kernel = stage.source, stage.layer.weight.shape[2:]
-    place = (chunk_of * (kernel[0] * kernel[1]) + tap) * source.channels + channel
+    place = (chunk_of * len(stage.reach) + tap) * stage.weight.shape[1] + channel
     new = np.diff(place, prepend=-1) != 0
     last = isa.REGISTERS - isa.TEMPORARIES - 1
     x = last - np.cumsum(new) % (last + 1 - sizes[chunk_of])
-    ky, kx = np.divmod(tap, kernel[1])
-    disp = channel * source.channel + ky * source.row + kx * source.column
-    masks = np.zeros_like(kx) if source.interleaved or not stage.layer.padding else np.choose(kx, [LEFT, 0, RIGHT])
-    loads = [(new & (masks == mask), mask) for mask in (0, LEFT, RIGHT)]
+    disp = channel * stage.source.channel + stage.reach[tap]
+    masks = stage.masked[tap]
+    loads = [(new & (masks == mask), mask) for mask in range(1 + stage.masks.shape[1])]
     window = 2 * isa.REACH
     return [
         ((at % window == 0) & (at > 0), _rows_of(encoder.add(RSI, 4 * window))),
@@ -159,19 +157,21 @@ def _prologue(stage: Stage, isa: ModuleType, size: int, first: bool) -> bytes:
         begin = isa.broadcast(sums, RSI, 4 * (sums - isa.REACH), stage.lanes)
     else:
         begin = isa.load(sums, RDX, BYTES[stage.lanes] * sums, stage.lanes)
-    return encoder.joined(b"" if stage.source.interleaved else isa.load_masks(), begin)
+    return encoder.joined(b"" if stage.source.interleaved else isa.load_masks(stage.masks.shape[1]), begin)
 
 
 def _epilogue(stage: Stage, isa: ModuleType, size: int, last: bool) -> bytes:
-    """Sums wait for the next chunk; or ReLU, the max-pool, and out. NaN stays: `maximum` returns its last operand."""
+    """Sums wait for the next chunk; or the addend, ReLU, the max-pool, and out. NaN stays: `maximum` returns its last
+    operand.
+    """
     sums, lanes = np.arange(size), stage.lanes
     if not last:
         return encoder.joined(isa.store(sums, RDX, BYTES[lanes] * sums, lanes), encoder.LEAVE)
     spare = isa.REGISTERS - 1
-    target = stage.raw if stage.pools_apart else stage.target
+    target = stage.target
     disp = target.to_channel(sums)
-    finish = []
-    if stage.layer.pool and not stage.pools_apart:  # the target holds the maximum so far; it began with ReLU's floor
+    finish = [_addend(stage, isa, sums)] if stage.addend else []
+    if stage.pool:  # the target holds the maximum so far; it began with ReLU's floor
         for i in sums:
             finish += [
                 isa.load(spare, RCX, disp[i], lanes),
@@ -180,13 +180,29 @@ def _epilogue(stage: Stage, isa: ModuleType, size: int, last: bool) -> bytes:
                 isa.maximum(spare, i, spare, lanes),  # NaN of the target stays
                 isa.bits_or(i, i, spare, lanes),
             ]
-    elif stage.layer.relu:
-        finish = [isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)]
+    elif stage.relu:
+        finish += [isa.zero(spare, lanes), isa.maximum(sums, spare, sums, lanes)]
     if target.pairs:
         finish.append(isa.pair(sums[::2], sums[1::2], lanes))
         sums, disp = sums[::2], disp[::2]
     mask = 0 if stage.source.interleaved else WRITTEN
     return encoder.joined(*finish, isa.store(sums, RCX, disp, lanes, mask), encoder.LEAVE)
+
+
+def _addend(stage: Stage, isa: ModuleType, sums: np.ndarray) -> bytes:
+    """sums += the addend."""
+    disp, lanes, spare = stage.addend.to_channel(sums), stage.lanes, isa.REGISTERS - 1
+    if not stage.addend.pairs:
+        return encoder.joined(isa.add(sums, sums, R9, disp, lanes))
+    return encoder.joined(
+        *(
+            part
+            for i in sums
+            for part in (
+                isa.load(spare, R9, disp[i], lanes), isa.half(spare, i % 2, lanes), isa.plus(i, i, spare, lanes)
+            )
+        )
+    )  # fmt: skip
 
 
 def _assembled(before, packets, chunk_starts, behind) -> tuple[np.ndarray, np.ndarray]:
@@ -213,18 +229,16 @@ def _rows_of(instruction: bytes) -> np.ndarray:
 
 def _refuse_wild(stage: Stage) -> None:
     """Every address that the code can reach lies inside of its layout."""
-    source, target = stage.source, stage.raw if stage.pools_apart else stage.target
-    rows, channels, *kernel = stage.layer.weight.shape
-    farthest = source.to_channel(channels - 1) + (kernel[0] - 1) * source.row + (kernel[1] - 1) * source.column
+    rows, channels, _ = stage.weight.shape
     vector = BYTES[stage.lanes]
-    reached = {
-        "read": (stage.places[:, 0].min(), stage.places[:, 0].max() + farthest + vector, source.size),
-        "write": (
-            stage.places[:, 1].min(),
-            stage.places[:, 1].max() + target.to_channel(rows - 1) + vector,
-            target.size,
-        ),
+    reach = stage.source.to_channel(channels - 1) + stage.reach.max(initial=0)
+    touched = {
+        "read": (0, stage.source, min(stage.reach.min(initial=0), 0), reach),
+        "write": (1, stage.target, 0, stage.target.to_channel(rows - 1)),
     }
-    for what, (lowest, highest, size) in reached.items():
-        if lowest < 0 or highest > size:
-            raise ValueError(f"code would {what} bytes {lowest} to {highest} of {size}: the plan is wrong")
+    if stage.addend:
+        touched["add"] = 2, stage.addend, 0, stage.addend.to_channel(rows - 1)
+    for what, (column, layout, before, behind) in touched.items():
+        lowest, highest = stage.places[:, column].min() + before, stage.places[:, column].max() + behind + vector
+        if lowest < 0 or highest > layout.size:
+            raise ValueError(f"code would {what} bytes {lowest} to {highest} of {layout.size}: the plan is wrong")

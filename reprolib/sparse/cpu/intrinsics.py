@@ -12,15 +12,15 @@ _I64 = ir.IntType(64)
 
 
 @intrinsic
-def call(context, code, source, weights, sums, target, masks):
-    """Call machine code at an address with five addresses."""
+def call(context, code, source, weights, sums, target, masks, addend):
+    """Call machine code at an address with six addresses."""
 
     def generate(context, builder, signature, arguments):
-        pointer = ir.FunctionType(ir.VoidType(), [_I64] * 5).as_pointer()
+        pointer = ir.FunctionType(ir.VoidType(), [_I64] * 6).as_pointer()
         builder.call(builder.inttoptr(arguments[0], pointer), arguments[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), generate
+    return types.void(*[types.int64] * 7), generate
 
 
 @intrinsic
@@ -60,6 +60,26 @@ def put(context, array, i, value):
         return context.get_dummy_value()
 
     return types.void(types.float32[::1], types.int64, types.float32), generate
+
+
+@intrinsic
+def float_of(context, bits):
+    """The float32 of these 32 bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def bits_of(context, number):
+    """The 32 bits of a float32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
 
 
 @intrinsic

@@ -15,147 +15,187 @@ from types import ModuleType
 import numpy as np
 
 from reprolib.sparse.compilation import told
-from reprolib.sparse.cpu import generator, planner
+from reprolib.sparse.cpu import generator, moves, planner
 from reprolib.sparse.cpu.driver import LINE, SCRATCH, linger, work
 from reprolib.sparse.cpu.encoder import BYTES
+from reprolib.sparse.cpu.planner import LAYER, OUTPUT
+from reprolib.sparse.cpu.schedule import Schedule, apart, schedule
+from reprolib.sparse.cpu.shapes import Shape, Weights, shapes
+from reprolib.sparse.operations import Convolution, Graph
 
-SLICE = 32  # bundles that go through the network together: memory stays bounded
+IN_FLIGHT_BYTES = 1 << 28  # of bundles that go through the network together: memory stays bounded
+MOST_IN_FLIGHT = 32  # of these bundles
+# Images share vectors where the largest map of as many as a vector has lanes is not larger than this; larger ones go
+# through the network alone, and neighbouring positions share vectors.
+SHARED_BYTES = 1 << 24
 PROGRAMS = 8  # sizes of images and numbers of them that a network remembers
 
 
 class Program:
-    """A network for images of one size, `images` at a time: its code in memory, and tables of addresses."""
+    """A graph for images of one size, `images` at a time: its code in memory, and tables of addresses."""
 
-    def __init__(self, layers: list[planner.Layer], height: int, width: int, images: int, isa: ModuleType):
-        self.stages = planner.stages(layers, height, width, images, isa.LANES, isa.PAIRS)
-        codes = [generator.generate(stage, isa) for stage in self.stages]
-        self.code_bytes = sum(code.code.nbytes for code in codes)
-        self.weight_bytes = sum(code.weights.nbytes for code in codes)
-        self._pages = executable(np.concatenate([code.code for code in codes]))
+    def __init__(self, graph: Graph, weights: Weights, inputs: list[Shape], images: int, isa: ModuleType):
+        self.plan = planner.plan(graph, weights, inputs, images, isa.LANES, isa.PAIRS)
+        self.shapes = [self.plan.places[w.source][0] for w in self.plan.work if w.kind == OUTPUT]
+        self.stages = {i: work.stage for i, work in enumerate(self.plan.work) if work.kind == LAYER}
+        codes = {i: generator.generate(stage, isa) for i, stage in self.stages.items()}
+        self.code_bytes = sum(code.code.nbytes for code in codes.values())
+        self.weight_bytes = sum(code.weights.nbytes for code in codes.values())
+        self._pages = executable(np.concatenate([code.code for code in codes.values()]))
         self._weights = _aligned(self.weight_bytes)
-        self._weights[:] = np.concatenate([code.weights for code in codes])
-        self.groups = [len(code.first_rows) - 1 for code in codes]
-        self._schedules = {}
-        masks = [isa.mask_table(stage.masks) for stage in self.stages]
-        self._masks = _aligned(sum(table.nbytes for table in masks))
-        self._masks.view(np.uint8)[:] = np.concatenate([table.ravel() for table in masks])
-        self._tables = self._addresses(codes, isa)
+        self._weights[:] = np.concatenate([code.weights for code in codes.values()])
+        masks = {i: isa.mask_table(stage.masks) for i, stage in self.stages.items()}
+        self._masks = _aligned(sum(table.nbytes for table in masks.values()))
+        self._masks.view(np.uint8)[:] = np.concatenate([table.ravel() for table in masks.values()])
+        self.groups = {i: len(code.first_rows) - 1 for i, code in codes.items()}
+        self._schedules: dict[tuple[int, int], tuple] = {}
+        self._tables = self._layers(codes, masks, isa)
+        self._work = self._pieces(list(codes))
 
-    def _addresses(self, codes: list[generator.Code], isa: ModuleType) -> tuple[np.ndarray, ...]:
+    def _layers(self, codes: dict[int, generator.Code], masks: dict[int, np.ndarray], isa: ModuleType) -> tuple:
+        """Tables of layers, groups, chunks and output vectors: see `driver`."""
         code_at = np.frombuffer(self._pages, np.uint8).ctypes.data
         weights_at, masks_at = self._weights.ctypes.data, self._masks.ctypes.data
-        stages, groups, chunks, places, zeros = [], [], [], [], [self.stages[0].source.zeros(None)]
+        layers, groups, chunks, places = [], [], [], []
         group_count = chunk_count = place_count = 0
-        for stage, code in zip(self.stages, codes, strict=True):
-            target = stage.raw if stage.pools_apart else stage.target
-            floor = (0.0 if stage.layer.relu else -np.inf) if stage.layer.pool and not stage.pools_apart else None
-            count = len(code.first_rows) - 1
-            sum_bytes = isa.GROUP_ROWS[0] * BYTES[stage.lanes]
-            stages.append((group_count, count, place_count, len(stage.places), masks_at, isa.MASK_BYTES, sum_bytes))
-            first = chunk_count + code.first_chunks
-            groups.append(np.stack([first[:-1], first[1:], target.to_channel(code.first_rows[:-1])], axis=1))
+        for i, code in codes.items():
+            stage, mask_bytes = self.stages[i], masks[i].shape[1] if len(masks[i]) else 0
+            count, sum_bytes = self.groups[i], isa.GROUP_ROWS[0] * BYTES[stage.lanes]
+            layers.append(
+                (group_count, count, place_count, len(stage.places), masks_at, mask_bytes, sum_bytes, stage.lanes)
+            )
+            first, rows = chunk_count + code.first_chunks, code.first_rows[:-1]
+            added = stage.addend.to_channel(rows) if stage.addend else 0 * rows
+            to = stage.target.to_channel(rows)
+            groups.append(np.stack([first[:-1], first[1:], to, added, np.diff(code.first_rows)], axis=1))
             chunks.append(code.chunks * [1, 4, 1] + [code_at, weights_at, 0])
             places.append(stage.places)
-            zeros.append(stage.target.zeros(floor))
             group_count, chunk_count = group_count + count, chunk_count + len(code.chunks)
             place_count += len(stage.places)
             code_at, weights_at = code_at + code.code.nbytes, weights_at + code.weights.nbytes
-            masks_at += len(stage.masks) * isa.MASK_BYTES
-        ends = np.cumsum([0, *map(len, zeros)])
-        layouts = [self.stages[0].source, *(s.target for s in self.stages), *(s.raw for s in self.stages)]
-        numbers = [
-            (*at.shape, at.images, at.first // 4, at.channel // 4, at.row // 4, at.column // 4,
-             ends[min(i, len(zeros) - 1)], ends[min(i + 1, len(zeros))], at.pairs)
-            for i, at in enumerate(layouts)
-        ]  # fmt: skip
-        fills = np.concatenate(zeros)
-        joined = (np.concatenate(part) for part in (groups, chunks, places))
-        values = fills[:, 2].astype(np.uint32).view(np.float32)
-        return np.array(stages, np.int64), *joined, fills[:, :2], values, np.array(numbers, np.int64)
+            masks_at += masks[i].nbytes
+        return np.array(layers, np.int64), *(np.concatenate(part) for part in (groups, chunks, places))
 
-    def run(self, x: np.ndarray, threads: int, arenas: list) -> np.ndarray:
-        """Images ``[N, C, H, W]``, float32, N a multiple of `images`, through all layers."""
-        last = self.stages[-1].target
-        bundles = len(x) // last.images
+    def _pieces(self, layers: list[int]) -> tuple[np.ndarray, ...]:
+        """The table of all work, and what it fills in."""
+        rows, zeros, count = [], [np.zeros((0, 3), np.int64)], 0
+        for i, piece in enumerate(self.plan.work):
+            stage = layers.index(i) if piece.kind == LAYER else -1
+            begin = count
+            if piece.zeros is not None:
+                zeros.append(piece.zeros)
+                count += len(piece.zeros)
+            numbers = piece.numbers + (0,) * (6 - len(piece.numbers))
+            rows.append((piece.kind, stage, piece.source, piece.other, piece.target, begin, count, *numbers))
+        fills = np.concatenate(zeros)
+        return np.array(rows, np.int64), fills[:, :2].copy(), fills[:, 2].astype(np.uint32).view(np.float32)
+
+    def run(self, inputs: list[np.ndarray], threads: int, arenas: list) -> list[np.ndarray]:
+        """Images ``[N, C, H, W]``, float32 and contiguous, N a multiple of `images`, through all layers."""
+        bundles = len(inputs[0]) // self.plan.images
         key = bundles, threads
         if key not in self._schedules:
-            steps, size = planner.schedule(self.stages, self.groups, bundles, threads)
-            self._schedules[key] = np.array([astuple(step) for step in steps], np.int64), size
-        steps, size = self._schedules[key]
-        y = np.empty((len(x), *last.shape), np.float32)
-        arena = _arena(arenas, size + threads * SCRATCH)
-        self._run(x, y, arena, size, steps, threads)
+            self._schedules[key] = _numbered(schedule(self.plan, self.groups, *key))
+        order = self._schedules[key]
+        outputs = self._empty(len(inputs[0]))
+        arena = _arena(arenas, order[-1] + threads * SCRATCH)
+        self._run(inputs, outputs, arena, order, threads)
         arenas.append(arena)
-        return y
+        return outputs
 
-    def alone(self, x: np.ndarray, threads: int) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
+    def bundle_bytes(self) -> int:
+        """Memory that a bundle needs while it goes through."""
+        one, two = (schedule(self.plan, self.groups, count, 1).size for count in (1, 2))
+        return two - one
+
+    def alone(self, inputs: list[np.ndarray], threads: int) -> tuple[Callable[[], None], Callable[[], list[np.ndarray]]]:
         """For benchmarks: a call that runs layers on activations already in their layout, and one for the results."""
-        bundles = len(x) // self.stages[-1].target.images
-        come, layers, out, size = planner.apart(self.stages, self.groups, bundles, threads)
-        come, layers, out = (np.array([astuple(step) for step in steps], np.int64) for steps in (come, layers, out))
-        y = np.empty((len(x), *self.stages[-1].target.shape), np.float32)
-        arena = _aligned(size + threads * SCRATCH)
-        self._run(x, y, arena, size, come, threads)
+        bundles = len(inputs[0]) // self.plan.images
+        come, layers, out = map(_numbered, apart(self.plan, self.groups, bundles, threads))
+        outputs = self._empty(len(inputs[0]))
+        arena = _aligned(come[-1] + threads * SCRATCH)
+        self._run(inputs, outputs, arena, come, threads)
 
-        def results() -> np.ndarray:
-            self._run(x, y, arena, size, out, threads)
-            return y
+        def results() -> list[np.ndarray]:
+            self._run(inputs, outputs, arena, out, threads)
+            return outputs
 
-        return partial(self._run, x, y, arena, size, layers, threads), results
+        return partial(self._run, inputs, outputs, arena, layers, threads), results
 
-    def _run(self, x: np.ndarray, y: np.ndarray, arena: np.ndarray, size: int, steps: np.ndarray, threads: int) -> None:
-        *tables, fills, values, layouts = self._tables
+    def _empty(self, count: int) -> list[np.ndarray]:
+        return [np.empty((count, at.channels, at.height, at.width), np.float32) for at in self.shapes]
+
+    def _run(self, inputs, outputs, arena: np.ndarray, order: tuple, threads: int) -> None:
+        steps, areas, places, size = order
+        works, fills, values = self._work
+        layouts = moves.table([layout for layout, _ in self.plan.places])
         counters = np.zeros(LINE * (2 * len(steps) + 1), np.int64)
         base = arena.ctypes.data
-        arguments = (
-            x.reshape(-1), y.reshape(-1), arena, base, base + size, steps, tuple(tables), layouts, fills, values,
-            counters,
-        )  # fmt: skip
-        _invite(threads - 1, (self, *arguments))
+        outside = np.zeros((2, max(len(inputs), len(outputs))), np.int64)
+        for row, arrays in zip(outside, (inputs, outputs), strict=True):
+            row[: len(arrays)] = [array.ctypes.data for array in arrays]
+        plan = self._tables, layouts, fills, values, areas, places, works
+        arguments = arena, base, base + size, outside, plan, steps, counters
+        _invite(threads - 1, (self, inputs, outputs, *arguments))
         work(*arguments)
 
 
-class Network:
-    """Layers in a row, as one function of images. Its programs are made when images of a new size come."""
+def _numbered(order: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """A schedule as tables of numbers."""
+    steps = np.array([astuple(step) for step in order.steps], np.int64).reshape(-1, 7)
+    return steps, order.areas.astype(np.int64), order.places.astype(np.int64), order.size
 
-    def __init__(self, layers: list[planner.Layer], isa: ModuleType):
+
+class Network:
+    """A graph as a function of images. Its programs are made when images of a new size come.
+
+    `weights` are float32, as `operations` describes them.
+    """
+
+    def __init__(self, graph: Graph, weights: Weights, isa: ModuleType):
         _compile(isa)
-        self.layers, self.isa = layers, isa
+        self.graph, self.weights, self.isa = graph, weights, isa
         self._programs = {}
         self._arenas = []
         self._lock = threading.Lock()
 
-    def program(self, height: int, width: int, images: int) -> Program:
-        """The program for images of this size; the ones used last are remembered."""
-        key = height, width, images
+    def program(self, inputs: tuple[Shape, ...], images: int) -> Program:
+        """The program for images of these sizes; the ones used last are remembered."""
+        key = inputs, images
         with self._lock:
-            found = self._programs.pop(key, None) or Program(self.layers, *key, self.isa)
+            found = self._programs.pop(key, None) or Program(self.graph, self.weights, list(inputs), images, self.isa)
             self._programs[key] = found
             while len(self._programs) > PROGRAMS:
                 del self._programs[next(iter(self._programs))]
         return found
 
-    def __call__(self, x: np.ndarray, threads: int) -> np.ndarray:
-        """Images ``[N, C, H, W]``, float32 and contiguous, through all layers: ``[N, C', H', W']``."""
-        parts = []
+    def __call__(self, inputs: list[np.ndarray], threads: int) -> list[np.ndarray]:
+        """Images ``[N, C, H, W]``, float32 and contiguous, through all operations: one array for each output.
+
+        Raises ValueError for images that do not fit.
+        """
+        sizes = tuple(x.shape[1:] for x in inputs)
         lanes = self.isa.LANES
-        size = SLICE * lanes
-        for start in range(0, len(x), size):
-            part = x[start : start + size]
-            whole = len(part) - len(part) % lanes
-            if whole:
-                parts.append(self.program(*x.shape[2:], lanes).run(part[:whole], threads, self._arenas))
-            if len(part) > whole:
-                parts.append(self.program(*x.shape[2:], len(part) - whole).run(part[whole:], threads, self._arenas))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        largest = max(int(np.prod(shape)) for shape in shapes(self.graph, self.weights, list(sizes)))
+        count, start, parts = len(inputs[0]), 0, []
+        together = lanes if 4 * lanes * largest <= SHARED_BYTES else 1
+        while start < count:
+            images = together if count - start >= together else count - start
+            program = self.program(sizes, images)
+            bundles = max(1, min(MOST_IN_FLIGHT, IN_FLIGHT_BYTES // max(1, program.bundle_bytes())))
+            stop = start + images * min(bundles, (count - start) // images)
+            parts.append(program.run([x[start:stop] for x in inputs], threads, self._arenas))
+            start = stop
+        return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 @cache
 def _compile(isa: ModuleType) -> None:
     """Compile the driver, or load it from Numba's cache: one number through one layer."""
-    one = planner.Layer(np.ones((1, 1, 1, 1), np.float32), np.zeros(1, np.float32), False, False)
+    graph = Graph((True,), (Convolution(0, "weight"),), (1,))
+    weights = {"weight": (np.ones((1, 1, 1, 1), np.float32), np.zeros(1, np.float32))}
     with told():
-        Program([one], 1, 1, 1, isa).run(np.zeros((1, 1, 1, 1), np.float32), 1, [])
+        Program(graph, weights, [(1, 1, 1)], 1, isa).run([np.zeros((1, 1, 1, 1), np.float32)], 1, [])
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -217,7 +257,7 @@ def _invite(count: int, what: tuple) -> None:
 
 def _help(invitations: queue.SimpleQueue, bell: np.ndarray) -> None:
     while True:
-        _, *arguments = invitations.get()  # the first one keeps the code alive
+        _, _, _, *arguments = invitations.get()  # the first ones keep code and images alive
         heard = int(bell[0])
         work(*arguments)
         del _, arguments

@@ -1,297 +1,256 @@
-"""From pruned layers to a program: where activations lie, the code of every layer, and the order of the work.
+"""From the operations of a graph to work: where values lie, and what is done, in order, for one bundle of images.
 
-**Layouts.** Either as many images as a vector has lanes share it, ``[y][x][channel][image]`` with a halo of zeros; or,
-with fewer images, a vector holds neighbouring positions, ``[channel][y][x][image]`` with a row of zeros between
-channels; lanes that would reach over the left or right edge are masked.
-
-**Order.** Early layers run *depth first*: a thread takes a bundle of images, those that share vectors, through all of
-them in two buffers of its own. Where maps have become small, threads share each layer, for all images at once.
+A linear layer is a convolution with a kernel as large as its map. Channels that are concatenated lie in one buffer from
+the beginning, where that can be. An activation other than ReLU is applied to what a layer has just written.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-BAND = 32  # output vectors of a band: a multiple of the four that a max-pool takes
-TASKS_PER_THREAD = 4  # of a layer that threads share
-FEWEST = 16  # output vectors of such a task that does all groups: each thread reads all code
-SMALL_MAP = 256  # numbers, of all images of a bundle: layers of smaller maps run for all bundles at once
+from reprolib.sparse import operations
+from reprolib.sparse.cpu import geometry
+from reprolib.sparse.cpu.geometry import Stage, Taps, Window
+from reprolib.sparse.cpu.layout import Layout
+from reprolib.sparse.cpu.shapes import Shape, Weights, pool_window, shapes, window
+from reprolib.sparse.operations import Activation, Concatenation, Convolution, Flatten, Graph, Linear, MaxPool, Mean
+from reprolib.sparse.operations import Operation, Product, Sum
 
-PARTS = 8  # of a bundle: tasks of steps that only move numbers
-# Kinds of steps, and what their tasks are. A bundle are the images that share a vector.
-INPUT = 0  # rows of a bundle come in
-STRETCH = 1  # a bundle runs through all layers of the stretch
-FILL = 2  # zeros around the maps of a bundle, or the floor below a max-pool
-LAYER = 3  # output vectors times groups of output channels
-POOL = 4  # channels of a bundle
-OUTPUT = 5  # a bundle goes out
+# Kinds of work. A bundle are the images that share a vector, or the few that share positions.
+INPUT = 0  # images come in
+FILL = 1  # zeros around maps, or the floor below a max-pool
+LAYER = 2  # a convolution or linear layer, then an activation: numbers[0]
+VIEW = 3  # some pixels, in order: stride and first pixel of rows and columns
+MAX_POOL = 4  # kernel, stride, padding, of rows and columns
+MEAN = 5  # of each map
+ELEMENTWISE = 6  # numbers[0], then an activation: numbers[1]
+OUTPUT = 7  # a bundle goes out
 
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """``weight [C_out, C_in, K, K]`` or ``[out, in]`` and ``bias``, float32; then ReLU and a 2x2 max-pool if asked.
-
-    A linear layer is a convolution with a kernel as large as its map.
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
-    relu: bool
-    pool: bool
-    padding: int = 0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the activations of `images` images lie in memory; strides and sizes in bytes."""
-
-    channels: int
-    height: int
-    width: int
-    halo: int
-    images: int  # as many as `lanes`: they share a vector; fewer: positions do
-    lanes: int
-    pairs: bool = False  # bfloat16 numbers of two channels, an even and the next one, share 32 bits
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.height, self.width
-
-    @property
-    def words(self) -> int:
-        """Numbers of 32 bits that hold the channels of a pixel."""
-        return -(-self.channels // 2) if self.pairs else self.channels
-
-    @property
-    def interleaved(self) -> bool:
-        return self.images == self.lanes
-
-    @property
-    def column(self) -> int:
-        return 4 * (self.words * self.lanes if self.interleaved else self.images)
-
-    @property
-    def row(self) -> int:
-        return self.column * (self.width + 2 * self.halo if self.interleaved else self.width)
-
-    @property
-    def channel(self) -> int:
-        return 4 * self.lanes if self.interleaved else self.row * (self.height + self.halo)
-
-    @property
-    def first(self) -> int:
-        """Where the pixel 0, 0 of channel 0 lies."""
-        inner = self.halo * (self.row + self.column)
-        return inner if self.interleaved else -(-inner // 64) * 64
-
-    @property
-    def size(self) -> int:
-        if self.interleaved:
-            return self.row * (self.height + 2 * self.halo)
-        end = self.first + self.words * self.channel + self.row + self.column  # what a masked load may touch
-        return -(-end // 64) * 64 + 64
-
-    def to_channel(self, channel):
-        """Bytes from channel 0 to another."""
-        return channel // (1 + self.pairs) * self.channel
-
-    def zeros(self, interior: float | None) -> np.ndarray:
-        """``[ranges, 3]``: start and stop in numbers, and 32 bits to fill in: zeros around maps, `interior` inside."""
-        if not self.interleaved:
-            starts = self.first + np.arange(self.words) * self.channel + self.height * self.row
-            ranges = [(0, self.first, 0), *((start, start + self.row * self.halo, 0) for start in starts)]
-        else:
-            edge, line = self.halo * self.column, self.width * self.column
-            inner = [self.first + y * self.row for y in range(self.height)]
-            ends = [0, *itertools.chain(*((start, start + line) for start in inner)), self.size]
-            ranges = [(a, b, 0) for a, b in zip(ends[::2], ends[1::2], strict=True)] if edge else []
-            if interior is not None:
-                bits = int(np.float32(interior).view(np.uint32))  # 0 or infinity: its upper half is the bfloat16
-                ranges += [(start, start + line, bits | bits >> 16 if self.pairs else bits) for start in inner]
-        return np.array([(a // 4, b // 4, bits) for a, b, bits in ranges if b > a], np.int64).reshape(-1, 3)
-
+COPY, ADD, MULTIPLY = range(3)  # what is done elementwise
+ACTIVATIONS = (None, *operations.ACTIVATIONS)
+WIDEST = 8192  # numbers in a row of a map
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A layer in its place: what it reads and writes, and where its output vectors lie.
-
-    ``places [vectors, 2]``: bytes from the start of the source and of the target; ``masks [vectors, 3, lanes]``: lanes
-    that may read to their left and to their right, and lanes that are written; none where images share a vector. `raw`
-    is what is calculated; it differs from `target` where a max-pool is a step of its own.
-    """
-
-    layer: Layer
-    source: Layout
-    raw: Layout
-    target: Layout
-    lanes: int
-    places: np.ndarray
-    masks: np.ndarray
-
-    @property
-    def pools_apart(self) -> bool:
-        return self.layer.pool and not self.source.interleaved
-
-
-def stages(layers: list[Layer], height: int, width: int, images: int, lanes: int, pairs: bool = False) -> list[Stage]:
-    """Put layers in their places for `images` (1 to `lanes`) images ``[C_in, height, width]``; a vector has `lanes`.
-
-    `pairs`: activations between layers are bfloat16, two channels in 32 bits. Sums, and what the last layer gives, are
-    float32 always. Raises ValueError where a layer does not fit its input.
-    """
-    channels = layers[0].weight.shape[1]
-    source = Layout(channels, height, width, layers[0].padding, images, lanes, pairs)
-    found = []
-    for layer, follower in itertools.zip_longest(layers, layers[1:]):
-        if layer.weight.ndim == 2:
-            layer = replace(layer, weight=layer.weight.reshape(len(layer.weight), channels, *source.shape[1:]))
-        c_out, c_in, *kernel = layer.weight.shape
-        out = [size + 2 * layer.padding - k + 1 for size, k in zip((source.height, source.width), kernel, strict=True)]
-        if c_in != channels or min(out) < 1 + layer.pool:
-            what = f"{tuple(layer.weight.shape)}{' with a max-pool' * layer.pool}"
-            raise ValueError(f"a layer {what} does not fit maps of {channels}x{source.height}x{source.width}")
-        if (kernel, layer.padding) not in (([3, 3], 1), ([1, 1], 0)) and (out != [1, 1] or layer.padding):
-            raise ValueError(f"a kernel {kernel} with padding {layer.padding} is none of the engine's")
-        if pairs:
-            layer = _even(layer, outputs=follower is not None)
-        raw = Layout(len(layer.weight), *out, 0, images, lanes)
-        pooled = replace(raw, height=out[0] // 2, width=out[1] // 2) if layer.pool else raw
-        target = replace(pooled, halo=follower.padding, pairs=pairs) if follower else pooled
-        found.append(_stage(layer, source, raw, target))
-        source, channels = target, c_out
-    return found
-
-
-def _even(layer: Layer, outputs: bool) -> Layer:
-    """A layer with a channel of zeros more where its input channels, and if asked its outputs, make no pairs."""
-    rows, channels = len(layer.weight) % 2 * outputs, layer.weight.shape[1] % 2
-    weight = np.pad(layer.weight, ((0, rows), (0, channels), (0, 0), (0, 0)))
-    return replace(layer, weight=weight, bias=np.pad(layer.bias, (0, rows)))
-
-
-def _stage(layer: Layer, source: Layout, raw: Layout, target: Layout) -> Stage:
-    if source.interleaved:
-        y, x = _pixels(raw.height, raw.width, layer.pool)
-        shrink = 1 + layer.pool
-        to = target.first + y // shrink * target.row + x // shrink * target.column
-        places = np.stack([y * source.row + x * source.column, to], axis=1)
-        return Stage(layer, source, raw, target, source.lanes, places, np.zeros((0, 3, source.lanes), bool))
-    positions = raw.height * raw.width * raw.images
-    lanes = next(lanes for lanes in (4, 8, source.lanes) if positions <= lanes or lanes == source.lanes)
-    position = np.arange(-(-positions // lanes) * lanes).reshape(-1, lanes)
-    line = raw.width * raw.images
-    allowed = [position % line >= raw.images, position % line < line - raw.images, position < positions]
-    masks = np.pad(np.stack(allowed, axis=1), ((0, 0), (0, 0), (0, source.lanes - lanes)))
-    first = source.first - layer.padding * (source.row + source.column)
-    written = raw if layer.pool else target
-    places = np.stack([4 * position[:, 0] + first, 4 * position[:, 0] + written.first], axis=1)
-    return Stage(layer, source, raw, target, lanes, places, masks)
-
-
-def _pixels(height: int, width: int, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of output pixels; where a max-pool follows, only those that it takes, four after four."""
-    if not pooled:
-        return tuple(index.ravel() for index in np.indices((height, width)))
-    upper, left, dy, dx = (index.ravel() for index in np.indices((height // 2, width // 2, 2, 2)))
-    return 2 * upper + dy, 2 * left + dx
-
-
-# --- The order of the work --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """`tasks` that any thread may do, in any order; the next step begins when all are done.
-
-    Activations lie in one arena: those of bundle i at ``source + i * source_stride`` (bytes), likewise the target.
-    `bundle` is the first one that takes part, `bundles` how many do. A task of a layer does `band` output vectors of
-    one of `parts` of its groups; other tasks do one of `parts` of a bundle.
-    """
+class Work:
+    """What is done for a bundle of images: `source`, `other` and `target` are places; `operation`: for which one."""
 
     kind: int
-    tasks: int
-    stage: int = 0
-    source: int = 0
-    source_stride: int = 0
-    target: int = 0
-    target_stride: int = 0
-    bundle: int = 0
-    bundles: int = 1
-    band: int = 0
-    parts: int = 1
+    operation: int
+    target: int = -1
+    source: int = -1
+    other: int = -1
+    numbers: tuple[int, ...] = ()
+    stage: Stage | None = None
+    zeros: np.ndarray | None = None  # what is filled in
 
 
-def stretch(stages: list[Stage]) -> int:
-    """How many layers run depth first: all up to the first one whose map is small."""
-    if not stages[0].source.interleaved:
-        return 0
-    sizes = (stage.raw.height * stage.raw.width * stage.raw.images for stage in stages)
-    return next((i for i, size in enumerate(sizes) if size < SMALL_MAP), len(stages))
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """`places` are layouts, each with the number of the buffer that it is a part of; `work` is done in order."""
+
+    places: tuple[tuple[Layout, int], ...]
+    work: tuple[Work, ...]
+    images: int
 
 
-def schedule(stages: list[Stage], groups: list[int], bundles: int, threads: int) -> tuple[list[Step], int]:
-    """Steps for `bundles` of images, and the bytes of their arena. `groups` of output channels has each stage."""
-    layouts = [stages[0].source, *(stage.target for stage in stages)]
-    deep = stretch(stages)
-    own = max((layout.size for layout in layouts[: deep + 1]), default=0) if deep else 0
-    late = max([layout.size for layout in layouts[deep:]] + [s.raw.size for s in stages[deep:] if s.pools_apart])
-    tail = 2 * threads * own  # behind two buffers for every thread: two for all bundles
-    alone = bundles - bundles % threads if deep else 0  # bundles that one thread each takes through the stretch
-    rest = bundles - alone
-    steps = []
-    if alone:
-        steps.append(Step(STRETCH, alone, deep, 0, own, tail, late, parts=threads))
-    if rest:
-        at, stride = (0, own) if deep else (tail, late)
-        steps.append(Step(INPUT, rest * PARTS, target=at, target_stride=stride, bundle=alone, parts=PARTS))
-    if rest and deep:
-        end = tail + alone * late, late
-        steps += _shared(stages[:deep], groups, 0, rest, (0, threads * own), own, end, threads)[0]
-    last, at = _shared(stages[deep:], groups[deep:], deep, bundles, (tail, tail + bundles * late), late, None, threads)
-    steps += [*last, Step(OUTPUT, bundles, source=at, source_stride=late)]
-    return steps, tail + 2 * bundles * late
+# --- Where values lie -------------------------------------------------------------------------------------------------
 
 
-def apart(stages: list[Stage], groups: list[int], bundles: int, threads: int) -> tuple[list[Step], ...]:
-    """Like `schedule`, in parts: images in, layers that threads share, images out; and the bytes of their arena."""
-    size = max(layout.size for stage in stages for layout in (stage.source, stage.raw, stage.target))
-    buffers = 0, bundles * size
-    layers, at = _shared(stages, groups, 0, bundles, buffers, size, None, threads)
-    come = Step(INPUT, bundles * PARTS, target=0, target_stride=size, parts=PARTS)
-    return [come], layers, [Step(OUTPUT, bundles, source=at, source_stride=size)], 2 * bundles * size
+def plan(graph: Graph, weights: Weights, inputs: list[Shape], images: int, lanes: int, pairs: bool = False) -> Plan:
+    """Plan a graph for `images` (1 to `lanes`) images at a time; `inputs` are the shapes ``[C, H, W]`` of its inputs.
 
-
-def _shared(stages, groups, first, bundles, buffers, stride, end, threads) -> tuple[list[Step], int]:
-    """Layers that threads share, in two buffers; the last one may write to another place and stride, `end`.
-
-    Also returns where the activations behind the last layer lie.
+    `weights` are float32, as `operations` describes them. `pairs`: activations between layers are bfloat16, two channels
+    in 32 bits. Sums, and what only goes out, are float32 always. Raises ValueError for what does not fit.
     """
-    at, other = buffers
-    steps = []
-    for i, stage in enumerate(stages):
-        target, target_stride = end if end and i == len(stages) - 1 else (other, stride)
-        work = _work(first + i, bundles * len(stage.places), groups[i], threads)
-        work = replace(
-            work, bundles=bundles, source=at, source_stride=stride, target=target, target_stride=target_stride
+    return _Draft(graph, weights, shapes(graph, weights, inputs), images, lanes, pairs).finished()
+
+
+class _Draft:
+    """A plan in the making."""
+
+    def __init__(self, graph: Graph, weights: Weights, shapes: list[Shape], images: int, lanes: int, pairs: bool):
+        self.graph, self.weights, self.shapes = graph, weights, shapes
+        self.images, self.lanes, self.pairs, self.interleaved = images, lanes, pairs, images == lanes
+        self.places: list[tuple[Layout, int]] = []
+        self.buffers: dict[object, int] = {}  # numbers, by the value whose buffer it is
+        self.work: list[Work] = []
+        self.place_of: dict[int, int] = {}  # of a value
+        self.value = -1  # whose work is drafted
+        self.operation_of = dict(graph.numbered())
+        self.taps = self._taps()
+        self.homes = self._homes()
+        self.halos = self._halos()
+        read = {source for operation in graph.operations for source in operations.sources(operation)}
+        self.only_out = {value for value in self.taps if value not in read}
+
+    def finished(self) -> Plan:
+        for value in range(len(self.graph.inputs)):
+            self._add(INPUT, self._place(value), numbers=(value,))
+        for self.value, operation in self.graph.numbered():
+            self._draft(operation)
+        for number, value in enumerate(self.graph.outputs):
+            self.work.append(Work(OUTPUT, len(self.shapes), source=self.place_of[value], numbers=(number,)))
+        return Plan(tuple(self.places), tuple(self.work), self.images)
+
+    def _taps(self) -> dict[int, Taps]:
+        """Of each layer, by its value."""
+        found = {}
+        for value, operation in self.graph.numbered():
+            if isinstance(operation, (Convolution, Linear)):
+                source = self.shapes[operation.source]
+                reads = window(operation, self.weights[operation.weight][0], source)
+                found[value] = geometry.taps(reads, source[1:], self.interleaved)
+        return found
+
+    def _homes(self) -> dict[int, tuple[int, int]]:
+        """Values that lie among others from the beginning: the concatenation that holds them, and their first channel.
+
+        From the last concatenation to the first: of those that grow, the last one holds all.
+        """
+        homes: dict[int, tuple[int, int]] = {}
+        for value, operation in reversed(self.graph.numbered()):
+            if not isinstance(operation, Concatenation):
+                continue
+            parts = operation.sources
+            begins = [0, *itertools.accumulate(self.shapes[part][0] for part in parts)]
+            root, first = homes.get(parts[0], (None, 0))
+            if value not in homes and all(homes.get(p) == (root, first + at) for p, at in zip(parts, begins, strict=False)):
+                homes[value] = root, first
+                continue
+            root, first = homes.setdefault(value, (value, 0))
+            for part, at in zip(parts, begins, strict=False):
+                if parts.count(part) == 1 and self._may_move(part):
+                    homes.setdefault(part, (root, first + at))
+        return homes
+
+    def _may_move(self, value: int) -> bool:
+        """Whether a value may lie among others. The floor below a max-pool would fill all of their channels."""
+        operation = self.operation_of.get(value)
+        pooled = self.interleaved and isinstance(operation, Convolution) and operation.pool
+        return not (pooled or isinstance(operation, Flatten))
+
+    def _halos(self) -> dict[int, int]:
+        """Zeros around the maps of each value: what its readers, and those of its neighbours in a buffer, need."""
+        needed: dict[int, int] = {}
+        for value, taps in self.taps.items():
+            if not taps.views:
+                root = self._root(self._unflattened(self.operation_of[value].source))
+                needed[root] = max(needed.get(root, 0), taps.halo)
+        return {value: needed.get(self._root(value), 0) for value in range(len(self.shapes))}
+
+    def _root(self, value: int) -> int:
+        return self.homes.get(value, (value, 0))[0]
+
+    def _unflattened(self, value: int) -> int:
+        while isinstance(self.operation_of.get(value), Flatten):
+            value = self.operation_of[value].source
+        return value
+
+    def _add(self, kind: int, target: int, source: int = -1, other: int = -1, numbers=(), stage=None) -> None:
+        """Work, and before it zeros around its target, or the floor below a max-pool."""
+        layout, _ = self.places[target]
+        floor = (0.0 if stage.relu else -np.inf) if stage and stage.pool else None
+        if len(zeros := layout.zeros(floor)):
+            self.work.append(Work(FILL, self.value, target, zeros=zeros))
+        self.work.append(Work(kind, self.value, target, source, other, tuple(numbers), stage))
+
+    def _place(self, value: int) -> int:
+        """A new place for a value."""
+        root, channel = self.homes.get(value, (value, 0))
+        self.place_of[value] = self._among(root, self.shapes[value][0], channel, self.shapes[value], value)
+        return self.place_of[value]
+
+    def _among(self, root: object, channels: int, begin: int, shape: Shape, value: int) -> int:
+        """A place for channels of the buffer of `root`."""
+        pairs = self.pairs and value not in self.only_out
+        of = self.shapes[root][0] if root != value or value in self.homes else 0
+        if pairs and begin % 2:
+            raise ValueError("channels that begin in the middle of a pair can't be concatenated")
+        share = 1 + pairs
+        layout = Layout(
+            channels, *shape[1:], self.halos[value], self.images, self.lanes, pairs, begin // share, -(-of // share)
         )
-        if stage.pools_apart:
-            moves = Step(FILL, bundles * PARTS, first + i, other, stride, at, stride, bundles=bundles, parts=PARTS)
-            steps += [work, moves, replace(moves, kind=POOL)]
+        return self._put(layout, root)
+
+    def _put(self, layout: Layout, buffer: object) -> int:
+        self.places.append((layout, self.buffers.setdefault(buffer, len(self.buffers))))
+        return len(self.places) - 1
+
+    # --- What is done for an operation --------------------------------------------------------------------------------
+
+    def _draft(self, operation: Operation) -> None:
+        given = [self.place_of[source] for source in operations.sources(operation)]
+        match operation:
+            case Convolution() | Linear():
+                self._layer(operation)
+            case Flatten():
+                self.place_of[self.value] = given[0]
+            case Concatenation():
+                self._concatenation(operation)
+            case MaxPool():
+                self._max_pool(given[0], self._place(self.value), pool_window(operation))
+            case Mean():
+                self._add(MEAN, self._place(self.value), given[0])
+            case Activation():
+                numbers = COPY, ACTIVATIONS.index(operation.activation)
+                self._add(ELEMENTWISE, self._place(self.value), given[0], given[0], numbers)
+            case Sum() | Product():
+                large, small = sorted(given, key=lambda place: -self.places[place][0].height)
+                numbers = ADD if isinstance(operation, Sum) else MULTIPLY, 0
+                self._add(ELEMENTWISE, self._place(self.value), large, small, numbers)
+
+    def _concatenation(self, operation: Concatenation) -> None:
+        root, first = self.homes[self.value]
+        self._place(self.value)
+        for part in operation.sources:
+            if self.homes.get(part) != (root, first):
+                target = self._among(root, self.shapes[part][0], first, self.shapes[part], self.value)
+                self._add(ELEMENTWISE, target, self.place_of[part], self.place_of[part], (COPY, 0))
+            first += self.shapes[part][0]
+
+    def _max_pool(self, source: int, target: int, window: Window) -> None:
+        layout = self.places[source][0]
+        if layout.width * layout.images > WIDEST:
+            raise ValueError(f"maps {layout.width} pixels wide are too wide for the max-pool of {WIDEST} numbers a row")
+        self._add(MAX_POOL, target, source, numbers=(*window.kernel, *window.stride, *window.padding))
+
+    def _layer(self, operation: Convolution | Linear) -> None:
+        taps, (weight, bias) = self.taps[self.value], self.weights[operation.weight]
+        shape = self.shapes[operation.source]
+        reads = window(operation, weight, shape)
+        out = reads.out(shape[1:])
+        if isinstance(operation, Linear):
+            weight = weight.reshape(len(weight), *shape)
         else:
-            fill = Step(FILL, bundles * PARTS, first + i, 0, 0, target, target_stride, bundles=bundles, parts=PARTS)
-            steps += [fill, work]
-            at, other = target, at
-    return steps, at
+            weight = geometry.without_groups(weight, operation.groups)
+        source = self._views(self.place_of[operation.source], taps, out)
+        pool, simple = getattr(operation, "pool", False), operation.activation in (None, "relu")
+        apart = pool and not (self.interleaved and simple)
+        target = self._place(self.value)
+        addend = None if operation.addend is None else self.place_of[operation.addend]
+        raw = target
+        if apart:
+            raw = self._put(Layout(len(weight), *out, 0, self.images, self.lanes), ("raw", self.value))
+        layouts = [None if place is None else self.places[place][0] for place in (source, raw, addend)]
+        relu, later = operation.activation == "relu", 0 if simple else ACTIVATIONS.index(operation.activation)
+        stage = geometry.stage(weight, bias, reads, taps, layouts, relu, pool and not apart, out)
+        self._add(LAYER, raw, source, -1 if addend is None else addend, (later,), stage)
+        if apart:
+            self._max_pool(raw, target, Window((2, 2), (2, 2)))
 
-
-def _work(stage: int, vectors: int, groups: int, threads: int) -> Step:
-    """How threads share a layer: by output vectors if there are many, else by groups, so that each reads other code."""
-    if vectors >= FEWEST * threads:
-        tasks, parts = min(TASKS_PER_THREAD * threads, vectors // FEWEST), 1
-    else:
-        tasks, parts = 1, groups
-    band = -(-vectors // tasks // 4) * 4
-    return Step(LAYER, -(-vectors // band) * parts, stage, band=band, parts=parts)
+    def _views(self, source: int, taps: Taps, out: tuple[int, int]) -> int:
+        """Where a layer finds its input: in `source`, or in views of it."""
+        layout, buffer = self.places[source][0], ("views", self.value)
+        of = len(taps.views) * layout.words
+        for i, view in enumerate(taps.views):
+            part = Layout(
+                layout.channels, *out, taps.halo, self.images, self.lanes, layout.pairs, i * layout.words, of
+            )
+            self._add(VIEW, self._put(part, buffer), source, numbers=view)
+        if not taps.views:
+            return source
+        whole = Layout(of * (1 + layout.pairs), *out, taps.halo, self.images, self.lanes, layout.pairs)
+        return self._put(whole, buffer)
