@@ -9,7 +9,7 @@ from __future__ import annotations
 from reprolib.sparse.compilation import compiled
 from reprolib.sparse.cpu import moves
 from reprolib.sparse.cpu.intrinsics import call, claim, let_others_run, pause, prefetch, read
-from reprolib.sparse.cpu.moves import HEIGHT, IMAGES, WIDTH
+from reprolib.sparse.cpu.moves import HEIGHT, IMAGES, OPTIONS, WIDTH
 from reprolib.sparse.cpu.planner import ELEMENTWISE, FILL, INPUT, LAYER, MAX_POOL, MEAN, OUTPUT, VIEW
 from reprolib.sparse.cpu.schedule import OWN, STRETCH
 
@@ -27,7 +27,7 @@ KIND, STAGE, SOURCE, OTHER, TARGET, ZEROS, ZEROS_END, NUMBERS = range(8)  # of a
 STEP, WORK, TASKS, BUNDLE, BUNDLES, BAND, PARTS = range(7)  # of a step
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _address(plan, place, index, bundle):
     """Bytes from the start of the arena: the memory of a thread, number `index`, or that of a bundle."""
     areas, places = plan[4], plan[5]
@@ -35,7 +35,7 @@ def _address(plan, place, index, bundle):
     return areas[area, 0] + (index if area == OWN else bundle) * areas[area, 1] + places[place, 1]
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _group(tables, group, places, stage, at, strides, start, stop, sums):
     """A group of output channels for the output vectors [start, stop), counted through all bundles.
 
@@ -64,7 +64,7 @@ def _group(tables, group, places, stage, at, strides, start, stop, sums):
                 bundle, place = bundle + 1, 0
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums):
     """Groups [first, last) of a layer for the output vectors [start, stop), band by band; then the activation."""
     tables, layouts = plan[0], plan[1]
@@ -84,7 +84,7 @@ def _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
                     moves.activate_vector(arena, to // 4, layout, group[ROWS], min(positions, stage[LANES]), work[NUMBERS])
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
     """All work but layers: one of `parts` of a bundle."""
     layouts, fills, values = plan[1], plan[2], plan[3]
@@ -114,45 +114,41 @@ def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
         moves.elementwise(arena, (start, beside, to), source, other, target, numbers, part, parts)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _do(arena, base, outside, plan, step, task, slot, sums):
-    """One task of a step."""
-    works, areas, places = plan[6], plan[4], plan[5]
-    if step[STEP] == STRETCH:
-        bundle = step[BUNDLE] + task
-        for i in range(step[WORK]):
-            work = works[i]
-            if work[KIND] == LAYER:
-                at = (
-                    base + _address(plan, work[SOURCE], slot, bundle),
-                    base + _address(plan, work[TARGET], slot, bundle),
-                    base + _address(plan, work[OTHER], slot, bundle),
-                )
-                stage = plan[0][0][work[STAGE]]
-                _layer(arena, base, plan, work, 0, stage[GROUPS], at, (0, 0, 0), 0, stage[PLACES], sums)
-            else:
-                _move(arena, base, outside, plan, work, slot, bundle, 0, 1, sums)
-        return
-    work, first, parts = works[step[WORK]], step[BUNDLE], step[PARTS]
-    if step[STEP] != LAYER:
-        index = task // parts
-        _move(arena, base, outside, plan, work, index, first + index, task % parts, parts, sums)
-        return
-    stage = plan[0][0][work[STAGE]]
-    groups, bands = stage[GROUPS], step[TASKS] // parts
-    start = task % bands * step[BAND]
-    stop = min(start + step[BAND], step[BUNDLES] * stage[PLACES])
-    first_group, last_group = task // bands * groups // parts, (task // bands + 1) * groups // parts
-    at = (
-        base + _address(plan, work[SOURCE], 0, first),
-        base + _address(plan, work[TARGET], 0, first),
-        base + _address(plan, work[OTHER], 0, first),
-    )
-    strides = areas[places[work[SOURCE], 0], 1], areas[places[work[TARGET], 0], 1], areas[places[work[OTHER], 0], 1]
-    _layer(arena, base, plan, work, first_group, last_group, at, strides, start, stop, sums)
+    """One task of a step: a bundle through the first layers, or a part of one piece of work."""
+    areas, places, works = plan[4], plan[5], plan[6]
+    parts, stretches = step[PARTS], step[STEP] == STRETCH
+    index = slot if stretches else task // parts  # of a bundle, in the memory of threads
+    for i in range(0 if stretches else step[WORK], step[WORK] + (0 if stretches else 1)):
+        work = works[i]
+        if work[KIND] != LAYER:
+            bundle, part = step[BUNDLE] + task // parts, task % parts
+            _move(arena, base, outside, plan, work, index, bundle, part, parts, sums)
+            continue
+        stage = plan[0][0][work[STAGE]]
+        first, last, start, stop = 0, stage[GROUPS], 0, stage[PLACES]
+        bundle, index, share = step[BUNDLE] + task, slot, 0
+        if not stretches:
+            bands = step[TASKS] // parts
+            bundle, index, share = step[BUNDLE], 0, 1
+            start = task % bands * step[BAND]
+            stop = min(start + step[BAND], step[BUNDLES] * stage[PLACES])
+            first, last = task // bands * stage[GROUPS] // parts, (task // bands + 1) * stage[GROUPS] // parts
+        at = (
+            base + _address(plan, work[SOURCE], index, bundle),
+            base + _address(plan, work[TARGET], index, bundle),
+            base + _address(plan, work[OTHER], index, bundle),
+        )
+        strides = (
+            share * areas[places[work[SOURCE], 0], 1],
+            share * areas[places[work[TARGET], 0], 1],
+            share * areas[places[work[OTHER], 0], 1],
+        )
+        _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def work(arena, base, scratch, outside, plan, steps, counters):
     """Take tasks, step by step, until all are done. `outside`: addresses of the inputs, and of the outputs."""
     slot = claim(counters, 0)
@@ -173,7 +169,7 @@ def work(arena, base, scratch, outside, plan, steps, counters):
                 let_others_run()
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def linger(bell, heard):
     for _ in range(LINGER):
         if read(bell, 0) != heard:

@@ -14,6 +14,8 @@ from reprolib.sparse.cpu.intrinsics import bits_of, float_of, get, put
 from reprolib.sparse.cpu.layout import Layout
 from reprolib.sparse.cpu.planner import ACTIVATIONS, ADD, COPY
 
+OPTIONS = {"nogil": True, "error_model": "numpy"}  # nothing here divides by zero
+
 # Columns of the table of layouts, in words.
 CHANNELS, HEIGHT, WIDTH, IMAGES, WORDS, FIRST, CHANNEL, ROW, COLUMN, PAIRS, INTERLEAVED = range(11)
 RELU, RELU6, SILU, SIGMOID, HARDSWISH, HARDSIGMOID = (
@@ -38,20 +40,20 @@ def table(layouts: list[Layout]) -> np.ndarray:
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def bfloat16(number):
     """The bits of the nearest bfloat16, the even one of two; NaN stays NaN."""
     bits = np.int64(np.uint32(bits_of(number)))
     return bits >> 16 | 64 if number != number else bits + 0x7FFF + (bits >> 16 & 1) >> 16
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def paired(low, high):
     """Two numbers, rounded to bfloat16, in one word."""
     return float_of(np.int32(bfloat16(low) | bfloat16(high) << 16))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _number(arena, at, layout, channel, place):
     """Of a channel, as float32; `place` is its pixel and image."""
     if not layout[PAIRS]:
@@ -60,13 +62,13 @@ def _number(arena, at, layout, channel, place):
     return float_of(np.int32(bits & -65536)) if channel % 2 else float_of(np.int32(bits << 16))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _larger(a, b):
     """NaN if one of them is."""
     return a if a > b or a != a else b
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _exp(x):
     x = LARGEST if x > LARGEST else x
     x = -LARGEST if x < -LARGEST else x
@@ -77,13 +79,13 @@ def _exp(x):
     return e * float_of(np.int32((n + 127) << 23))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _six_at_most(x):
     x = ZERO if x < ZERO else x
     return SIX if x > SIX else x
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _activated(x, kind):
     if kind == RELU:
         return ZERO if x < ZERO else x
@@ -98,7 +100,7 @@ def _activated(x, kind):
     return x / (ONE + _exp(-x)) if kind == SILU else x
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _activate(arena, at, count, kind, pairs):
     """Words one after the other. Each kind has a loop of its own: so it becomes vector instructions."""
     if pairs:
@@ -126,7 +128,7 @@ def _activate(arena, at, count, kind, pairs):
             put(arena, i, _activated(get(arena, i), SILU))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def activate_vector(arena, at, layout, channels, lanes, kind):
     """What a layer has just written at one place: some channels of `lanes` numbers."""
     words = -(-channels // 2) if layout[PAIRS] else channels
@@ -140,7 +142,7 @@ def activate_vector(arena, at, layout, channels, lanes, kind):
 # --- In and out -------------------------------------------------------------------------------------------------------
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def come_in(arena, x, at, layout, part, parts):
     """A bundle of images ``[N, C, H, W]``, which begin at word x, into their layout."""
     height, width, images = layout[HEIGHT], layout[WIDTH], layout[IMAGES]
@@ -161,7 +163,7 @@ def come_in(arena, x, at, layout, part, parts):
                 put(arena, to + w * layout[COLUMN] + i, number)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def go_out(arena, at, layout, y):
     """A bundle of images from its layout to word y."""
     channels, height, width = layout[CHANNELS], layout[HEIGHT], layout[WIDTH]
@@ -178,7 +180,7 @@ def go_out(arena, at, layout, y):
                         put(arena, to + w, get(arena, start + w * layout[COLUMN]))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def fill(arena, at, ranges, values, part, parts):
     """What surrounds the maps of a layout, and where a max-pool begins."""
     for i in range(part, len(ranges), parts):
@@ -189,7 +191,7 @@ def fill(arena, at, ranges, values, part, parts):
 # --- Maps from maps ---------------------------------------------------------------------------------------------------
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def take_view(arena, source_at, source, target_at, target, numbers, part, parts):
     """Pixels at a stride, zeros where there are none; positions share a vector."""
     stride_y, stride_x, first_y, first_x = numbers[0], numbers[1], numbers[2], numbers[3]
@@ -220,14 +222,14 @@ def take_view(arena, source_at, source, target_at, target, numbers, part, parts)
                     put(arena, to + x * images + i, get(arena, start + x * stride_x * images + i))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _inside(place, kernel, stride, padding, size):
     """The first pixel of a window and the one behind its last, inside of a map."""
     first = place * stride - padding
     return max(0, first), min(size, first + kernel)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part, parts):
     """The largest number of each window; `scratch` is room for a row of a map."""
     kernel, stride, padding = (numbers[0], numbers[1]), (numbers[2], numbers[3]), (numbers[4], numbers[5])
@@ -260,7 +262,7 @@ def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part
                     put(arena, to + x * images + i, number)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _take_larger(arena, start, to, count, first):
     """Numbers one after the other: what comes first is taken as it is."""
     if first:
@@ -271,7 +273,7 @@ def _take_larger(arena, start, to, count, first):
             put(arena, to + i, _larger(get(arena, to + i), get(arena, start + i)))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _max_pool_of_pairs(arena, source_at, source, target_at, target, kernel, stride, padding, part, parts):
     for row in range(part, target[WORDS] * target[HEIGHT], parts):
         w, y = row // target[HEIGHT], row % target[HEIGHT]
@@ -291,7 +293,7 @@ def _max_pool_of_pairs(arena, source_at, source, target_at, target, kernel, stri
                 put(arena, to, paired(low, high) if share == 2 else low)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def mean(arena, source_at, source, target_at, target, part, parts):
     """The mean of each map, summed in float64."""
     share, count = 1 + target[PAIRS], source[HEIGHT] * source[WIDTH]
@@ -309,7 +311,7 @@ def mean(arena, source_at, source, target_at, target, part, parts):
             put(arena, to, paired(one, other) if share == 2 else one)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def elementwise(arena, at, source, other, target, numbers, part, parts):
     """target = source, or its sum or product with `other` (or with one number of it for each map); then an activation.
 
@@ -341,7 +343,7 @@ def elementwise(arena, at, source, other, target, numbers, part, parts):
             _activate(arena, to, count, kind, False)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _combine(arena, a, b, to, count, operation):
     if operation == COPY:
         for i in range(count):
@@ -354,13 +356,13 @@ def _combine(arena, a, b, to, count, operation):
             put(arena, to + i, get(arena, a + i) * get(arena, b + i))
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _combined(a, b, operation, kind):
     number = a if operation == COPY else a + b if operation == ADD else a * b
     return _activated(number, kind)
 
 
-@compiled(nogil=True)
+@compiled(**OPTIONS)
 def _elementwise_pairs(arena, at, source, other, target, operation, kind, each, part, parts):
     for row in range(part, target[WORDS] * target[HEIGHT], parts):
         w, y = row // target[HEIGHT], row % target[HEIGHT]
