@@ -159,9 +159,14 @@ def calculate(operation: Operation, values: Sequence[Tensor], weights: Weights) 
             return values[source] * values[other]
         case Concatenation(parts):
             return torch.cat([values[part] for part in parts], dim=1)
-    y = y if operation.addend is None else y + values[operation.addend]
-    y = ACTIVATIONS[operation.activation](y) if operation.activation else y
-    return F.max_pool2d(y, 2) if getattr(operation, "pool", False) else y
+    return finish(operation, y, values)
+
+
+def finish(layer: Convolution | Linear, y: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """What comes behind the products `y` of a layer."""
+    y = y if layer.addend is None else y + values[layer.addend]
+    y = ACTIVATIONS[layer.activation](y) if layer.activation else y
+    return F.max_pool2d(y, 2) if getattr(layer, "pool", False) else y
 
 
 def interpret(graph: Graph, inputs: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:

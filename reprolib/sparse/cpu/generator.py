@@ -229,13 +229,12 @@ def _rows_of(instruction: bytes) -> np.ndarray:
 
 def _refuse_wild(stage: Stage) -> None:
     """Every address that the code can reach lies inside of its layout."""
-    rows, channels, _ = stage.weight.shape
+    rows, channels, taps = stage.weight.shape
     vector = BYTES[stage.lanes]
-    reach = stage.source.to_channel(channels - 1) + stage.reach.max(initial=0)
-    touched = {
-        "read": (0, stage.source, min(stage.reach.min(initial=0), 0), reach),
-        "write": (1, stage.target, 0, stage.target.to_channel(rows - 1)),
-    }
+    touched = {"write": (1, stage.target, 0, stage.target.to_channel(rows - 1))}
+    if taps:
+        reach = stage.source.to_channel(channels - 1) + stage.reach.max()
+        touched["read"] = 0, stage.source, stage.reach.min(), reach
     if stage.addend:
         touched["add"] = 2, stage.addend, 0, stage.addend.to_channel(rows - 1)
     for what, (column, layout, before, behind) in touched.items():
