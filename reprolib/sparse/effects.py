@@ -20,15 +20,57 @@ from reprolib.sparse.tracing import IN_PLACE_OPERATORS, Untraceable, has_hooks
 Modules = Mapping[str, nn.Module]
 OPERATORS = {getattr(operator, name) for name in IN_PLACE_OPERATORS}
 METADATA = {"size", "dim", "numel", "stride", "shape", "dtype", "device", "ndim", "is_floating_point", "element_size"}
-IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-VIEWS = (*IDENTITIES, nn.Flatten, nn.Unflatten)
+IDENTITIES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+VIEWS = (*IDENTITIES, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 # Functions and methods that always give a tensor of its own memory.
-NEW = {torch.conv2d, F.linear, F.relu, F.relu6, F.silu, F.sigmoid, torch.sigmoid, F.hardswish, F.hardsigmoid, F.hardtanh}
+NEW = {
+    torch.conv2d,
+    F.linear,
+    F.relu,
+    F.relu6,
+    F.silu,
+    F.sigmoid,
+    torch.sigmoid,
+    F.hardswish,
+    F.hardsigmoid,
+    F.hardtanh,
+}
 NEW |= {torch.relu, F.batch_norm, torch.cat, torch.concat, torch.concatenate, torch.mean, torch.matmul, torch.add}
 NEW |= {torch.mul, torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.gelu, F.layer_norm}
-NEW |= {torch.conv1d, torch.conv3d, F.conv_transpose2d, F.softmax, torch.softmax, torch.layer_norm, torch.bmm, torch.tanh}
+NEW |= {
+    torch.conv1d,
+    torch.conv3d,
+    F.conv_transpose2d,
+    F.softmax,
+    torch.softmax,
+    torch.layer_norm,
+    torch.bmm,
+    torch.tanh,
+}
 ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg, operator.pow}
-NEW_METHODS = {"add", "sub", "mul", "div", "matmul", "relu", "sigmoid", "tanh", "mean", "sum", "clone", "softmax", "exp"}
+NEW_METHODS = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "matmul",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "mean",
+    "sum",
+    "clone",
+    "softmax",
+    "exp",
+}
 
 
 @dataclass
@@ -68,15 +110,14 @@ def effects(graph: fx.Graph, modules: Modules) -> Effects:
 
     for node in list(graph.nodes):
         target = written_in_place(node, modules)
-        if target is not None and target.op != "get_attr":
-            if not is_tensor(target, modules) and node.target in OPERATORS:
-                if later(target, node):
-                    raise Untraceable("it changes in place what may be a number or a tensor")
-            elif node.target is not operator.setitem:
+        if target is not None and node.target is not operator.setitem:
+            if is_tensor(target, modules) or node.target not in OPERATORS:
                 for user in [user for user in target.users if position[user] > position[node]]:
                     user.replace_input_with(target, node)
-            mates = [mate for mate in family[target] if mate is not target]
-            if node.target is not operator.setitem and not any(later(mate, node) for mate in mates):
+            elif later(target, node):
+                raise Untraceable("it changes in place what may be a number or a tensor")
+            seen = any(later(member, node) for member in family[target] if member is not target)
+            if not seen and not any(member.op == "get_attr" for member in family[target]):
                 found.values.add(node)
         if node.op == "placeholder":  # two arguments may be one tensor
             inputs.append(node)
@@ -90,16 +131,12 @@ def effects(graph: fx.Graph, modules: Modules) -> Effects:
         if may_do_anything(node, modules):
             found.ordered.append(node)
     for writer, target in found.writers.items():
-        values = target or writer.all_input_nodes
-        if writer in found.values:
-            family_of = [member for member in family[values[0]] if position[member] < position[writer]]
-            found.writers[writer] = family_of
-            if any(member.op == "get_attr" for member in family_of):
-                found.values.discard(writer)
+        members = [member for value in target or writer.all_input_nodes for member in family[value]]
+        found.writers[writer] = members
         if writer not in found.values:
-            members = [member for value in values for member in family[value]]
-            found.writers[writer] = members
-            found.held.update(member for member in members if not is_new(member, modules) and member not in found.values)
+            found.held.update(
+                member for member in members if not is_new(member, modules) and member not in found.values
+            )
     return found
 
 
@@ -109,7 +146,9 @@ def order(found: Effects, position: Mapping[fx.Node, int], moved: set[fx.Node]) 
     for writer, values in found.writers.items():
         if writer in moved and writer in found.values:
             continue
-        for reader in {user for value in values for user in value.users if user is not writer and not is_metadata(user)}:
+        for reader in {
+            user for value in values for user in value.users if user is not writer and not is_metadata(user)
+        }:
             pairs.append((reader, writer) if position[reader] < position[writer] else (writer, reader))
     return pairs
 

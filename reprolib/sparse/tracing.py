@@ -192,7 +192,7 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         function, values = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return function, [fixed_default(value) if isinstance(value, fx.Proxy) else value for value in values]
+        return function, [_given(value) if isinstance(value, fx.Proxy) else value for value in values]
 
     def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **options: Any) -> fx.Node:
         if _autocast() != self.autocast:
@@ -214,10 +214,15 @@ class _Tracer(fx.Tracer):
         self.refuse("it iterates over a value")
 
 
-def fixed_default(value: fx.Proxy) -> Any:
-    """The default of an argument that is None, a bool or a string: it decides which way the code goes."""
+def _given(value: fx.Proxy) -> Any:
+    """An argument, or its default where that decides which way the code goes."""
     default = value.node.args
-    return default[0] if default and isinstance(default[0], (type(None), bool, str)) else value
+    return default[0] if default and is_fixed(default[0]) else value
+
+
+def is_fixed(default: Any) -> bool:
+    """Whether a default decides which way the code goes: None, a bool or a string."""
+    return default is None or isinstance(default, (bool, str))
 
 
 def _autocast() -> tuple[bool, ...]:
@@ -231,7 +236,7 @@ class _Value(fx.Proxy):
     def __class__(self) -> type:
         caller = sys._getframe(1)
         module = caller.f_globals.get("__name__", "")
-        if module.partition(".")[0] == "torch" and caller.f_code.co_name != "is_tensor" or module == __name__:
+        if (module.partition(".")[0] == "torch" and caller.f_code.co_name != "is_tensor") or module == __name__:
             return type(self)
         self.tracer.refuse("it asks for the type of a value")
 
