@@ -193,7 +193,7 @@ def fused(graph: Graph) -> Graph:
         return holder.get(value, value)
 
     for value, operation in graph.numbered():
-        operation = _renamed(operation, held)
+        operation = renamed(operation, held)
         found[value - count] = operation
         for source in sources(operation):
             before = found[source - count] if source >= count else None
@@ -219,7 +219,7 @@ def _together(before: Operation | None, source: int, operation: Operation) -> Op
     return None
 
 
-def _renamed(operation: Operation, name: Callable[[int], int]) -> Operation:
+def renamed(operation: Operation, name: Callable[[int], int]) -> Operation:
     """An operation that reads values under other numbers."""
     changes = {}
     for field in fields(operation):
@@ -239,5 +239,5 @@ def _compact(graph: Graph, operations: list[Operation | None], held: Callable[[i
     for value, operation in enumerate(operations, count):
         if operation is not None:
             numbers[value] = count + len(kept)
-            kept.append(_renamed(operation, lambda old: numbers[held(old)]))
+            kept.append(renamed(operation, lambda old: numbers[held(old)]))
     return Graph(graph.inputs, tuple(kept), tuple(numbers[held(output)] for output in graph.outputs))
