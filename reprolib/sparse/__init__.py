@@ -1,9 +1,11 @@
 """Inference that is faster because of its zeros. One door: ``sparse_model = sparsify(model)``.
 
-`formats` stores a pruned weight, `cpu` and `cuda` hold the kernels, `layers` puts them in place of dense layers.
+`capture` traces a network and finds the parts that are `operations` with kernels; `network` runs such a part, in `cpu`,
+`cuda` or `portable`; `formats` describes how a pruned weight can be stored.
 """
 
 from reprolib.sparse.formats import pack
-from reprolib.sparse.layers import SparseConv2d, SparseLinear, describe, sparsify
+from reprolib.sparse.network import SparseNetwork
+from reprolib.sparse.sparsify import describe, sparsify
 
-__all__ = ["SparseConv2d", "SparseLinear", "describe", "pack", "sparsify"]
+__all__ = ["SparseNetwork", "describe", "pack", "sparsify"]
