@@ -81,7 +81,9 @@ def _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
                     bundle, place = vector // len(places), vector % len(places)
                     to = at[1] - base + group[TO_TARGET] + bundle * strides[1] + places[place, 1]
                     positions = layout[HEIGHT] * layout[WIDTH] * layout[IMAGES] - place * stage[LANES]
-                    moves.activate_vector(arena, to // 4, layout, group[ROWS], min(positions, stage[LANES]), work[NUMBERS])
+                    moves.activate_vector(
+                        arena, to // 4, layout, group[ROWS], min(positions, stage[LANES]), work[NUMBERS]
+                    )
 
 
 @compiled(**OPTIONS)

@@ -370,9 +370,14 @@ def _elementwise_pairs(arena, at, source, other, target, operation, kind, each, 
             for i in range(target[IMAGES]):
                 a = y * source[ROW] + x * source[COLUMN] + i
                 b = y * other[ROW] + x * other[COLUMN] + i if each else i
-                low = _combined(_number(arena, at[0], source, 2 * w, a), _number(arena, at[1], other, 2 * w, b), operation, kind)
+                low = _combined(
+                    _number(arena, at[0], source, 2 * w, a), _number(arena, at[1], other, 2 * w, b), operation, kind
+                )
                 high = _combined(
-                    _number(arena, at[0], source, 2 * w + 1, a), _number(arena, at[1], other, 2 * w + 1, b), operation, kind
+                    _number(arena, at[0], source, 2 * w + 1, a),
+                    _number(arena, at[1], other, 2 * w + 1, b),
+                    operation,
+                    kind,
                 )
                 to = at[2] + target[FIRST] + w * target[CHANNEL] + y * target[ROW] + x * target[COLUMN] + i
                 put(arena, to, paired(low, high))

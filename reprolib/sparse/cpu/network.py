@@ -27,7 +27,7 @@ IN_FLIGHT_BYTES = 1 << 28  # of bundles that go through the network together: me
 MOST_IN_FLIGHT = 32  # of these bundles
 # Images share vectors where the largest map of as many as a vector has lanes is not larger than this; larger ones go
 # through the network alone, and neighbouring positions share vectors.
-SHARED_BYTES = 1 << 24
+SHARED_BYTES = 1 << 27
 PROGRAMS = 8  # sizes of images and numbers of them that a network remembers
 
 
@@ -51,6 +51,7 @@ class Program:
         self._schedules: dict[tuple[int, int], tuple] = {}
         self._tables = self._layers(codes, masks, isa)
         self._work = self._pieces(list(codes))
+        self._layouts = moves.table([layout for layout, _ in self.plan.places])
 
     def _layers(self, codes: dict[int, generator.Code], masks: dict[int, np.ndarray], isa: ModuleType) -> tuple:
         """Tables of layers, groups, chunks and output vectors: see `driver`."""
@@ -108,7 +109,9 @@ class Program:
         one, two = (schedule(self.plan, self.groups, count, 1).size for count in (1, 2))
         return two - one
 
-    def alone(self, inputs: list[np.ndarray], threads: int) -> tuple[Callable[[], None], Callable[[], list[np.ndarray]]]:
+    def alone(
+        self, inputs: list[np.ndarray], threads: int
+    ) -> tuple[Callable[[], None], Callable[[], list[np.ndarray]]]:
         """For benchmarks: a call that runs layers on activations already in their layout, and one for the results."""
         bundles = len(inputs[0]) // self.plan.images
         come, layers, out = map(_numbered, apart(self.plan, self.groups, bundles, threads))
@@ -128,13 +131,12 @@ class Program:
     def _run(self, inputs, outputs, arena: np.ndarray, order: tuple, threads: int) -> None:
         steps, areas, places, size = order
         works, fills, values = self._work
-        layouts = moves.table([layout for layout, _ in self.plan.places])
         counters = np.zeros(LINE * (2 * len(steps) + 1), np.int64)
         base = arena.ctypes.data
         outside = np.zeros((2, max(len(inputs), len(outputs))), np.int64)
         for row, arrays in zip(outside, (inputs, outputs), strict=True):
             row[: len(arrays)] = [array.ctypes.data for array in arrays]
-        plan = self._tables, layouts, fills, values, areas, places, works
+        plan = self._tables, self._layouts, fills, values, areas, places, works
         arguments = arena, base, base + size, outside, plan, steps, counters
         _invite(threads - 1, (self, inputs, outputs, *arguments))
         work(*arguments)

@@ -33,6 +33,7 @@ COPY, ADD, MULTIPLY = range(3)  # what is done elementwise
 ACTIVATIONS = (None, *operations.ACTIVATIONS)
 WIDEST = 8192  # numbers in a row of a map
 
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """What is done for a bundle of images: `source`, `other` and `target` are places; `operation`: for which one."""
@@ -117,7 +118,9 @@ class _Draft:
             parts = operation.sources
             begins = [0, *itertools.accumulate(self.shapes[part][0] for part in parts)]
             root, first = homes.get(parts[0], (None, 0))
-            if value not in homes and all(homes.get(p) == (root, first + at) for p, at in zip(parts, begins, strict=False)):
+            if value not in homes and all(
+                homes.get(p) == (root, first + at) for p, at in zip(parts, begins, strict=False)
+            ):
                 homes[value] = root, first
                 continue
             root, first = homes.setdefault(value, (value, 0))
@@ -246,9 +249,7 @@ class _Draft:
         layout, buffer = self.places[source][0], ("views", self.value)
         of = len(taps.views) * layout.words
         for i, view in enumerate(taps.views):
-            part = Layout(
-                layout.channels, *out, taps.halo, self.images, self.lanes, layout.pairs, i * layout.words, of
-            )
+            part = Layout(layout.channels, *out, taps.halo, self.images, self.lanes, layout.pairs, i * layout.words, of)
             self._add(VIEW, self._put(part, buffer), source, numbers=view)
         if not taps.views:
             return source
