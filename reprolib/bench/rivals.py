@@ -24,7 +24,6 @@ from reprolib.bench.timing import Contender, rotating
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
 from reprolib.sparse import cpu, cuda, portable
-from reprolib.sparse.layers import SparseConv2d
 from reprolib.training.precision import usable
 
 SPARSE = "sparse kernels"
@@ -228,12 +227,11 @@ def _runs_in_engine(device: str) -> bool:
 
 
 def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
-    layer = SparseConv2d.from_dense(conv, relu=True)
+    [network] = sparse.networks(sparse.sparsify(nn.Sequential(conv, nn.ReLU()).eval(), dense=True))
     if _runs_in_engine(device):
-        isa = cpu.instruction_sets()[0]
-        n = min(len(images[0]), isa.LANES)
-        program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n, isa)
-        calls = [program.alone(x.numpy(), torch.get_num_threads()) for x in images]
+        engine = network.engine()
+        program = engine.program((images[0].shape[1:],), min(len(images[0]), engine.isa.LANES))
+        calls = [program.alone([x.numpy()], torch.get_num_threads()) for x in images]
 
         def once(call: tuple) -> Callable:
             again, results = call
@@ -242,7 +240,7 @@ def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, 
 
         return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), spins=False, **about)
     kernels = portable if device == "cpu" else cuda
-    plan = layer.plan(kernels, torch.device(device), 1)
+    plan = network.plan(network.graph.operations[0], kernels, torch.device(device), 1)
     inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
     return Contender(SPARSE, kernel_type(device), rotating(lambda x: kernels.conv(x, plan), inputs, device), **about)
 
