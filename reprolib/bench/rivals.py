@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fusion
+from torch.fx.experimental import optimization
 
 from reprolib import pruning, sparse
 from reprolib.bench import engine, peers
@@ -181,15 +181,9 @@ def ceilings(device: str) -> list[Contender]:
     ]
 
 
-def _folded(model: nn.Sequential) -> nn.Sequential:
+def _folded(model: nn.Module) -> nn.Module:
     """The model with every batch norm folded into the convolution before it."""
-    layers = []
-    for module in model:
-        if isinstance(module, nn.BatchNorm2d):
-            layers[-1] = fusion.fuse_conv_bn_eval(layers[-1], module)
-        else:
-            layers.append(module)
-    return nn.Sequential(*layers).eval()
+    return optimization.fuse(model)
 
 
 def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:
