@@ -65,7 +65,7 @@ def to_onnx(operations: list[dict], arrays: dict[str, np.ndarray], input_shape: 
     """The content of an ONNX file for a network of one input, of a fixed batch.
 
     `operations` are those of `reprolib.sparse.operations`, as dictionaries with their ``kind``; value 0 is the input,
-    value i what operation i - 1 gives. Weight and bias of a layer are ``weight <name>`` and ``bias <name>`` of `arrays`.
+    value i what operation i - 1 gives. A layer's weight and bias are ``weight <name>`` and ``bias <name>`` of `arrays`.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -74,7 +74,7 @@ def to_onnx(operations: list[dict], arrays: dict[str, np.ndarray], input_shape: 
         [numpy_helper.from_array(np.float32(6), "six"), numpy_helper.from_array(np.float32(0), "zero")],
     )
     for number, operation in enumerate(operations, 1):
-        stages = _nodes(operation, arrays)
+        stages = _nodes(operation)
         names = [f"x{number}.{i}" for i in range(len(stages) - 1)]
         names.append("logits" if number == len(operations) else f"x{number}")
         before = ""
@@ -90,7 +90,7 @@ def to_onnx(operations: list[dict], arrays: dict[str, np.ndarray], input_shape: 
     return model.SerializeToString()
 
 
-def _nodes(operation: dict, arrays: dict[str, np.ndarray]) -> list[tuple[str, list[str], dict]]:
+def _nodes(operation: dict) -> list[tuple[str, list[str], dict]]:
     """Operator, inputs and settings of each ONNX node of an operation; the input "" is what the node before gives."""
     given = operation.get("sources", [operation.get("source")])
     inputs = [f"x{value}" for value in given]

@@ -55,6 +55,29 @@ def network_contenders(
     dense, sparse_models = _networks(width, seed, device, specs)
     generator = torch.Generator().manual_seed(seed)
     images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
+    return _contenders(dense, sparse_models, images, device, specs, others, (width, seed) == (1.0, 0))
+
+
+def torchvision_contenders(
+    name: str, size: int, batch: int, specs: Specs, others: peers.Peers | None
+) -> list[Contender]:
+    """The same with a network of torchvision, on a CPU, for images ``[batch, 3, size, size]``."""
+    dense, sparse_models = _torchvision_networks(name, specs)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(batch, 3, size, size, generator=generator) for _ in range(INPUTS)]
+    return _contenders(dense, sparse_models, images, "cpu", specs, others, True)
+
+
+def _contenders(
+    dense: nn.Module,
+    sparse_models: list[tuple[dict, nn.Module]],
+    images: list[Tensor],
+    device: str,
+    specs: Specs,
+    others: peers.Peers | None,
+    all_peers: bool,
+) -> list[Contender]:
+    """All that run a dense network or what `specs` make of it; `all_peers`: the pruned ones by others, too."""
     found = list(_dense_contenders(_folded(dense), images, device))
     found += [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
     if device == "cpu" and cpu.instruction_sets(pairs=True):
@@ -64,7 +87,7 @@ def network_contenders(
     if others:
         found += peers.dense_contenders(_folded(dense), images, others)
         for peer in others.engines:
-            if peer.name == peers.USES_ZEROS and (width, seed) == (1.0, 0):
+            if peer.name == peers.USES_ZEROS and all_peers:
                 pruned = (_pruned(dense, *spec) for spec in specs)
                 found += [peers.peer_contender(peer, _folded(model), images, **about) for about, model in pruned]
     return found
@@ -125,11 +148,25 @@ def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Mo
     with torch.random.fork_rng(devices=[]):  # layers know no generator but the global one
         torch.manual_seed(seed)
         dense = vgg16(10, width).eval()
+    return dense, _sparsified(dense, device, specs)
+
+
+@lru_cache(maxsize=1)
+def _torchvision_networks(name: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
+    from torchvision import models  # here: it takes a second
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = models.get_model(name, weights=None).eval()
+    return dense, _sparsified(dense, "cpu", specs)
+
+
+def _sparsified(dense: nn.Module, device: str, specs: Specs) -> list[tuple[dict, nn.Module]]:
     found = [({}, sparse.sparsify(dense, device, dense=True))]
     for spec in specs:
         about, model = _pruned(dense, *spec)
         found.append((about, sparse.sparsify(model, device)))
-    return dense, found
+    return found
 
 
 def _pruned(dense: nn.Module, pattern: str, spec: str, sparsity: float) -> tuple[dict, nn.Module]:

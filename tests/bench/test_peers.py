@@ -287,7 +287,7 @@ def by_operators(operations, arrays, images):
     values = {"x0": images, "zero": 0.0, "six": 6.0} | arrays
     for number, operation in enumerate(operations, 1):
         y = None
-        for operator, inputs, settings in engine._nodes(operation, arrays):
+        for operator, inputs, settings in engine._nodes(operation):
             a, *others = (y if name == "" else values[name] for name in inputs)
             pads, strides = settings.get("pads", [0, 0])[:2], settings.get("strides")
             y = {
