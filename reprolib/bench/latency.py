@@ -107,18 +107,18 @@ def benchmark(
     """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
 
     ``own``: the profile's networks; ``all``: also full-width VGG-16, its layers, and other numbers of threads;
-    ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images. What tells most comes first; a line says of each contest
-    what came out and what time is left.
+    ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images instead. What
+    tells most comes first; a line says of each contest what came out and what time is left.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
 
-    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; larger network; ceiling: what bounds
-    the layers; conditions: on fewer threads and with swept caches; first look: one network, before all others, that no
-    figure shows), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
-    implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest
-    dense one, by whichever engine, of the same contest and of the type of the kernels: fp32 on a CPU, fp16 on a GPU),
-    kind (measured), commit, hardware, threads, torch.
+    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer, larger network;
+    ceiling: what bounds the layers; conditions: on fewer threads and with swept caches; first look: one network, before
+    all others, that no figure shows), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of
+    the pruned layers), implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup
+    (over the fastest dense one, by whichever engine, of the same contest and of the type of the kernels: fp32 on a CPU,
+    fp16 on a GPU), kind (measured), commit, hardware, threads, torch.
 
     Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """

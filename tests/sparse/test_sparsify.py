@@ -364,7 +364,9 @@ def test_describe():
 
 
 def test_layers_that_torch_runs_faster_stay_there_and_describe_says_so():
-    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300), conv(4, 4, padding_mode="circular")).eval()
+    model = nn.Sequential(
+        nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300), conv(4, 4, padding_mode="circular")
+    ).eval()
     with torch.no_grad():
         model[0].weight[0, 0] = 0
         model[2].weight[:, ::4] = 0
