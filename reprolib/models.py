@@ -47,26 +47,56 @@ def vgg16(num_classes: int, width: float = 1.0, hidden: tuple[int, ...] = ()) ->
     return model
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a network by name, each once: without what torch.compile and data parallelism wrap around them."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, wrappers) or "_orig_mod" in model._modules:
+        model = model._modules.get("_orig_mod") or model.module
+    # A part of the network may be compiled by itself: the inner module takes the place of the one around it.
+    return {
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
+        for name, module in model.named_modules()
+    }
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that hold weights, of all kinds, by module name, in the order of the network."""
+    found, inside = {}, set()
+    for name, module in named_modules(model).items():
+        if module not in inside and isinstance(module, (nn.Conv2d, nn.Linear, *OTHER_LAYERS)):
+            found[name] = module
+            inside |= set(module.modules())  # attention holds a linear layer of its own
+    return found
+
+
+def foreign(module: nn.Module) -> str:
+    """Why patterns can't prune a layer of this kind; empty where they can."""
+    if isinstance(module, OTHER_LAYERS):
+        return f"a {type(module).__name__}, which patterns can't prune: they take Conv2d and Linear layers"
+    if type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        what = "a forward of its own, which may multiply by other numbers than its weight"
+        return f"a {type(module).__name__} with {what}"
+    return ""
+
+
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of all convolutions and linear layers, by module name, in the order of the network.
 
     Raises ValueError for a layer whose weight can't be pruned in place, and names the remedy: one that is computed anew
     at each forward pass, one that shares its memory, and kinds of layers that patterns don't know.
     """
-    named, sharers = {}, defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, OTHER_LAYERS):
-            raise ValueError(
-                f"layer {name} is a {type(module).__name__}, which patterns can't prune: they take Conv2d and Linear "
-                "layers; give `make_masks` the weights that you want to prune by name"
-            )
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            if type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
-                raise ValueError(
-                    f"layer {name} is a {type(module).__name__} with a forward of its own, which may multiply by other "
-                    "numbers than its weight: give `make_masks` the weights that you want to prune by name"
-                )
-            named[name] = weight_in_place(module, name)
+    layers = weight_layers(model)
+    for name, module in layers.items():
+        if reason := foreign(module):
+            raise ValueError(f"layer {name} is {reason}; give `make_masks` the weights that you want to prune by name")
+    return weights_in_place(model, layers)
+
+
+def weights_in_place(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The weights of some layers of a network. Raises ValueError where a mask would not hold for one layer alone."""
+    named = {name: weight_in_place(module, name) for name, module in layers.items()}
+    sharers = defaultdict(list)
+    for name, module in named_modules(model).items():
         for key, parameter in module.named_parameters(name, recurse=False):
             sharers[parameter.untyped_storage().data_ptr()].append(key)
     for name, weight in named.items():
@@ -108,7 +138,7 @@ def layer_flops(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32
     A layer counts as often as it runs, wherever it stands; "" is what the network multiplies by itself. Only products
     count: convolutions, transposed ones too, and matrix products. Raises ValueError for layers that can't be counted.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_modules(model).items()}
     for module, name in names.items():
         if isinstance(module, UNCOUNTED):
             raise ValueError(f"FLOPs of layer {name}, a {type(module).__name__}, can't be counted")

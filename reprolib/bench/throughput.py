@@ -29,8 +29,7 @@ from reprolib import pruning
 from reprolib.experiments import records
 from reprolib.experiments.profiles import Profile
 from reprolib.models import layer_flops, vgg16
-from reprolib.patterns import parse
-from reprolib.training import MaskSchedule, Recipe, data, fit
+from reprolib.training import Recipe, data, fit
 from reprolib.training.data import Dataset
 from reprolib.training.precision import PRECISIONS, usable
 
@@ -216,20 +215,19 @@ def _loop(profile: Profile, device: str, case: Case) -> Callable[[int], object]:
     train = data.Split(dataset.train.images[repeated], dataset.train.labels[repeated])
     dataset = replace(dataset, train=train, validation=dataset.validation.first(1))
     model = _network(profile)
-    masks = {}
+    if case.loop != PLAIN:
+        model, dataset = model.to(device, memory_format=torch.channels_last), dataset.to(device)
+    pruner = None
     if case.pattern != "dense":
-        weights = pruning.prunable(model)
-        pattern = parse(profile.settings(PRUNED[0])["pattern"])
-        masks = pruning.make_masks(weights, pattern, pruning.uniform_ratios(weights, PRUNED[1]))
-    masks = {name: mask.to(device) for name, mask in masks.items()}
+        pattern = profile.settings(PRUNED[0])["pattern"]
+        pruner = pruning.Pruner(model, pattern, PRUNED[1], steps=1, schedule="one-shot")
     if case.loop == PLAIN:
+        masks = {name: mask.to(device) for name, mask in pruner.masks.items()} if pruner else {}
         return lambda epochs: plain_fit(model.to(device), dataset, replace(recipe, epochs=epochs), masks)
-    model, dataset = model.to(device, memory_format=torch.channels_last), dataset.to(device)
-    schedule = MaskSchedule(lambda progress: (), lambda due, alive: masks) if masks else None
 
     def ours(epochs: int) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            fit(model, dataset, replace(recipe, epochs=epochs), seed=0, schedule=schedule)
+            fit(model, dataset, replace(recipe, epochs=epochs), seed=0, pruner=pruner)
 
     return ours
 

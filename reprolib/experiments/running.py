@@ -107,7 +107,7 @@ def _dataset(dense: Dense) -> data.Dataset:
 def _run_dense(dense: Dense, folder: Path, **limits):
     dataset = _dataset(dense)
     model = _new_model(dense)
-    curve, _ = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
+    curve = training.fit(model, dataset, dense.recipe, seed=dense.seed, label=dense.label, **limits)
     accuracy = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
     row = _dense_columns(dense) | {
         "sparsity": 0.0,
@@ -127,32 +127,37 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
     dataset = _dataset(dense)
     model = load_model(dense, folder)
     weights = pruning.prunable(model, experiment.prune_ends)
-    ratios = _ratios(experiment, pattern, weights, model, dataset)
-
-    def due_at(progress: float) -> tuple[float, ...]:
-        return tuple(pruning.sparsity_at(experiment.schedule, ratio, progress) for ratio in ratios.values())
-
-    def masks_for(due: tuple[float, ...], alive: dict[str, Tensor]) -> dict[str, Tensor]:
-        sparsities = dict(zip(weights, due, strict=True))
-        nesting = {"alive": alive, "targets": ratios} if experiment.masks == "nested" else {}
-        return pruning.make_masks(weights, pattern, sparsities, experiment.score, dense.seed, **nesting)
+    recipe = replace(dense.recipe, epochs=experiment.epochs)
+    pruner = pruning.Pruner(
+        model,
+        pattern,
+        experiment.sparsity,
+        training.total_steps(dataset, recipe),
+        layers=weights,
+        schedule=experiment.schedule,
+        ratios=_ratios(experiment, pattern, weights, model, dataset),
+        score=experiment.score,
+        masks=experiment.masks,
+        seed=dense.seed,
+    )
 
     def penalty() -> Tensor:
         return experiment.group_lasso * pruning.group_lasso(weights, pattern)
 
-    accuracy_pruned = _accuracy_right_after(experiment, pattern, ratios, dataset, folder)
-    curve, masks = training.fit(
+    accuracy_pruned = _accuracy_right_after(experiment, pattern, pruner.targets, dataset, folder)
+    curve = training.fit(
         model,
         dataset,
-        replace(dense.recipe, epochs=experiment.epochs),
+        recipe,
         seed=RETRAINING_SEED + dense.seed,
         lr_at=_lr_at(experiment),
-        schedule=training.MaskSchedule(due_at, masks_for),
+        pruner=pruner,
         penalty=penalty if experiment.group_lasso else None,
         penalty_until=pruning.PRUNING_PHASE,
         label=experiment.label,
         **limits,
     )
+    masks = pruner.masks
     check_target(pattern, experiment.sparsity, masks)
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     row = _dense_columns(dense) | {
@@ -204,20 +209,16 @@ def check_target(pattern: Pattern, target: float, masks: dict[str, Tensor]) -> N
     raise ValueError(f"{pattern} reaches {100 * achieved:.2f} % sparsity where {100 * target:g} % was asked: {remedy}")
 
 
-def _ratios(experiment: Pruned, pattern: Pattern, weights, model, dataset) -> dict[str, float]:
-    """Each layer's own target, from the dense network."""
-    match experiment.ratios:
-        case "uniform":
-            return pruning.uniform_ratios(weights, experiment.sparsity)
-        case "global":
-            return pruning.global_ratios(weights, pattern, experiment.sparsity)
-        case "sensitivity":
-            return pruning.sensitivity_ratios(
-                weights,
-                pattern,
-                experiment.sparsity,
-                lambda: training.mean_loss(model, dataset, dataset.validation, experiment.dense.recipe.precision),
-            )
+def _ratios(experiment: Pruned, pattern: Pattern, weights, model, dataset) -> str | dict[str, float]:
+    """How a pruner is told them; by sensitivity they are measured on the dense network."""
+    if experiment.ratios != "sensitivity":
+        return experiment.ratios
+    return pruning.sensitivity_ratios(
+        weights,
+        pattern,
+        experiment.sparsity,
+        lambda: training.mean_loss(model, dataset, dataset.validation, experiment.dense.recipe.precision),
+    )
 
 
 def _lr_at(experiment: Pruned) -> Callable[[float], float]:

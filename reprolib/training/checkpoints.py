@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reprolib.files.atomic import write_atomically
+from reprolib.pruning import Pruner
 
 
 class State(NamedTuple):
     """What a training changes in place: the network, the optimizer with its momentum, the generator of its draws, the
-    learning rate and the sum of losses (scalars on the device), and by module name which weights are pruned (bool).
+    learning rate and the sum of losses (scalars on the device), and the pruner with its masks, if any.
     """
 
     model: nn.Module
@@ -26,13 +27,13 @@ class State(NamedTuple):
     generator: torch.Generator
     lr: Tensor
     total: Tensor
-    pruned: dict[str, Tensor]
+    pruner: Pruner | None
 
 
 @dataclass(frozen=True)
 class Position:
     """Where a training stands: steps done of an epoch (the first is 0), the share of the whole training behind it,
-    the seconds that took, one row per finished epoch, and the sparsities that were due when its masks were made.
+    the seconds that took, and one row per finished epoch.
     """
 
     epoch: int = 0
@@ -40,7 +41,6 @@ class Position:
     progress: float = 0.0
     wall_time_s: float = 0.0
     curve: tuple[dict, ...] = ()
-    due: tuple[float, ...] | None = None
 
 
 def position(checkpoint: Path) -> Position:
@@ -53,8 +53,8 @@ def position(checkpoint: Path) -> Position:
         return Position()
     except (ValueError, KeyError):
         raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
-    due = here.get("due")
-    return Position(**here | {"due": due if due is None else tuple(due)})
+    here.pop("due", None)  # of former versions: what was due when the masks were made
+    return Position(**here)
 
 
 def save(checkpoint: Path, state: State, drawn_from: Tensor, here: Position, of: dict) -> None:
@@ -67,12 +67,14 @@ def save(checkpoint: Path, state: State, drawn_from: Tensor, here: Position, of:
         if parameter in state.optimizer.state:  # not a frozen one
             tensors[f"momentum.{name}"] = state.optimizer.state[parameter]["momentum_buffer"]
     tensors |= {"generator": drawn_from, "total": state.total}
-    tensors |= {f"pruned.{name}": gone for name, gone in state.pruned.items()}
+    metadata = {"position": json.dumps(asdict(here)), "of": json.dumps(of)}
+    if state.pruner:
+        pruner = state.pruner.state_dict()
+        tensors |= {f"pruned.{name}": ~mask for name, mask in pruner.pop("masks").items()}
+        metadata["pruner"] = json.dumps(pruner)
     # Copies, because safetensors takes no two tensors that share memory.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_atomically(
-        checkpoint, safetensors.torch.save(tensors, {"position": json.dumps(asdict(here)), "of": json.dumps(of)})
-    )
+    write_atomically(checkpoint, safetensors.torch.save(tensors, metadata))
 
 
 def restore(checkpoint: Path | None, state: State, of: dict) -> Position:
@@ -88,7 +90,8 @@ def restore(checkpoint: Path | None, state: State, of: dict) -> Position:
     except SafetensorError:
         raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
     with safe_open(checkpoint, "pt") as file:
-        found = json.loads(file.metadata().get("of", "null"))  # version 0.1 did not say
+        metadata = file.metadata()
+    found = json.loads(metadata.get("of", "null"))  # version 0.1 did not say
     if found not in (None, of):
         raise ValueError(f"the checkpoint {checkpoint} is of another training ({found}): delete it and ask again")
     state.model.load_state_dict({name: tensors[f"model.{name}"] for name in state.model.state_dict()})
@@ -99,7 +102,24 @@ def restore(checkpoint: Path | None, state: State, of: dict) -> Position:
             state.optimizer.state[parameter]["momentum_buffer"] = momentum
     state.generator.set_state(tensors["generator"])
     state.total.copy_(tensors["total"])
-    for name, tensor in tensors.items():
-        if name.startswith("pruned."):
-            state.pruned[name.removeprefix("pruned.")] = tensor.to(state.total.device)
+    masks = {name.removeprefix("pruned."): ~tensor for name, tensor in tensors.items() if name.startswith("pruned.")}
+    _restore_pruner(state.pruner, masks, metadata.get("pruner"), here, checkpoint)
     return here
+
+
+def _restore_pruner(
+    pruner: Pruner | None, masks: dict[str, Tensor], rest: str | None, here: Position, checkpoint: Path
+) -> None:
+    """Load the pruner's state: its masks, and the rest of it as JSON, which checkpoints of former versions lack."""
+    if pruner is None:
+        if masks:
+            raise ValueError(f"the checkpoint {checkpoint} is of a pruned training: delete it and ask again")
+        return
+    of_now = pruner.state_dict()
+    done = round(here.progress * of_now["of"]["steps"])
+    state = json.loads(rest) if rest else of_now | {"step": done - 1}  # masks are made in front of a step
+    try:
+        pruner.load_state_dict(state | {"masks": masks})
+    except ValueError as error:
+        what = f"the checkpoint {checkpoint} is of another training ({error})"
+        raise ValueError(f"{what}: delete it and ask again") from None

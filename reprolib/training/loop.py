@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reprolib.files.deadline import OutOfTime
-from reprolib.models import is_finite, mode, weight_in_place
+from reprolib.models import is_finite, mode
+from reprolib.pruning import Pruner
 from reprolib.training import checkpoints
 from reprolib.training.checkpoints import Position, State
 from reprolib.training.data import Dataset, augmented, draw_augmentations, normalised
@@ -33,24 +33,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@dataclass(frozen=True)
-class MaskSchedule:
-    """When masks change, and how new ones are made.
-
-    `due_at(progress)` says what is due, for example the sparsity of each layer; where it differs from the step before,
-    `masks_for(due, alive)` makes the masks that hold from then on, from the weights as they are and from the masks that
-    held until then (none at first): by name of the module whose weight they prune, the same names each time.
-    """
-
-    due_at: Callable[[float], tuple[float, ...]]
-    masks_for: Callable[[tuple[float, ...], dict[str, Tensor]], dict[str, Tensor]]
-
-
-class Trained(NamedTuple):
-    """One row per epoch, and the masks that held in the end, by module name."""
-
-    curve: list[dict]
-    masks: dict[str, Tensor]
+def total_steps(dataset: Dataset, recipe: Recipe) -> int:
+    """How many steps `fit` takes. Raises ValueError where the batch is larger than the training split."""
+    steps = len(dataset.train) // recipe.batch_size  # the last partial batch is dropped: batch norm dislikes small ones
+    if steps == 0:
+        raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(dataset.train)} training images")
+    return recipe.epochs * steps
 
 
 def fit(
@@ -60,39 +48,37 @@ def fit(
     *,
     seed: int,
     lr_at: Callable[[float], float] = dense_lr,
-    schedule: MaskSchedule | None = None,
+    pruner: Pruner | None = None,
     penalty: Callable[[], Tensor] | None = None,
     penalty_until: float = 1.0,
     label: str = "training",
     checkpoint: Path | None = None,
     deadline: float = math.inf,
-) -> Trained:
+) -> list[dict]:
     """Train `model` in place on the device it is on.
 
-    `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). What the masks of `schedule`
-    prune is zero in each forward pass and behind each step. `penalty()` is added to the loss before the progress
-    `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
+    `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). What the masks of `pruner`, a
+    pruner of `model`, prune is zero in each forward pass and behind each step. `penalty()` is added to the loss before
+    the progress `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
 
     With a `checkpoint`, training goes on from that file if it is there (on a CPU to the same bits as without the
-    stop). The file is written every two minutes, and when `time.time()` passes `deadline`. That of another recipe or
-    seed is refused.
+    stop). The file is written every two minutes, and when `time.time()` passes `deadline`. That of another recipe,
+    seed or pruner is refused.
 
     Frozen parameters stay as they are. A model that is in training mode keeps the modes of its modules, so that a batch
     norm in eval mode is frozen too; one in eval mode trains as a whole, and is in eval mode again behind it.
 
-    Rows: epoch, lr, loss_train (mean cross-entropy), accuracy_validation_pct. Raises OutOfTime at the deadline, and
-    ValueError where the loss is no longer finite or where the batch is larger than the training split.
+    Returns a row per epoch: epoch, lr, loss_train (mean cross-entropy), accuracy_validation_pct. Raises OutOfTime at
+    the deadline, and ValueError where the loss is no longer finite or the batch larger than the training split.
     """
-    steps = len(dataset.train) // recipe.batch_size  # the last partial batch is dropped: batch norm dislikes small ones
-    if steps == 0:
-        raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(dataset.train)} training images")
+    steps = total_steps(dataset, recipe) // recipe.epochs
     where = next(model.parameters()).device
-    state = _begin(model, recipe, seed, where)
+    state = _begin(model, recipe, seed, where, pruner)
     step = _step_of(state, dataset, recipe, penalty)
     take = _captured(step) if where.type == "cuda" else step
     of = {"recipe": asdict(recipe), "seed": seed}
     start = checkpoints.restore(checkpoint, state, of)
-    curve, due, resumed = list(start.curve), start.due, time.monotonic()
+    curve, resumed = list(start.curve), time.monotonic()
     saved = resumed
     modes = nullcontext() if model.training else mode(model, training=True)
     with _bar(label, recipe, steps, start) as bar, modes, torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -102,19 +88,20 @@ def fit(
             for index in range(start.step if epoch == start.epoch else 0, steps):
                 progress = (epoch * steps + index) / (recipe.epochs * steps)
                 state.lr.fill_(recipe.lr * lr_at(progress))
-                due = _renew_masks(state, schedule, progress, due)
+                if pruner and (epoch or index):  # not sooner: an epoch's accuracy is that of the masks it trained with
+                    pruner.advance()
                 take(draws[index], penalty is not None and progress < penalty_until)
                 bar.update(recipe.batch_size)
                 late = time.time() > deadline
                 if checkpoint and (late or time.monotonic() > saved + CHECKPOINT_EVERY_S):
                     saved = time.monotonic()
                     share = (epoch * steps + index + 1) / (recipe.epochs * steps)
-                    here = Position(epoch, index + 1, share, start.wall_time_s + saved - resumed, tuple(curve), due)
+                    here = Position(epoch, index + 1, share, start.wall_time_s + saved - resumed, tuple(curve))
                     checkpoints.save(checkpoint, state, drawn_from, here, of)
                 if late:
                     raise OutOfTime(f"{label}: out of time in epoch {epoch + 1} of {recipe.epochs}")
-            if epoch + 1 == recipe.epochs:  # of few steps the last one may come before the last masks are due
-                due = _renew_masks(state, schedule, 1.0, due)
+            if pruner and epoch + 1 == recipe.epochs:  # of few steps, the last may come before the last masks are due
+                pruner.advance()
             loss = _mean_loss_of_epoch(state, steps)
             if not math.isfinite(loss):
                 what = f"{label}: training diverged in epoch {epoch + 1} (loss {loss:.3g})"
@@ -124,16 +111,16 @@ def fit(
             row = {"epoch": epoch + 1, "lr": rate, "loss_train": loss, "accuracy_validation_pct": accuracy}
             curve.append(row)
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, validation {accuracy:.2f} %", refresh=False)
-    return Trained(curve, {name: ~gone for name, gone in state.pruned.items()})
+    return curve
 
 
-def _begin(model: nn.Module, recipe: Recipe, seed: int, where: torch.device) -> State:
+def _begin(model: nn.Module, recipe: Recipe, seed: int, where: torch.device, pruner: Pruner | None) -> State:
     """The state before the first step. What changes from step to step lives in tensors: a captured step sees it."""
     lr, total = torch.zeros((), device=where), torch.zeros((), device=where)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay, fused=True
     )
-    return State(model, optimizer, torch.Generator().manual_seed(seed), lr, total, {})
+    return State(model, optimizer, torch.Generator().manual_seed(seed), lr, total, pruner)
 
 
 def _step_of(
@@ -152,29 +139,10 @@ def _step_of(
         (loss + penalty() if penalised else loss).backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        _zero_pruned(state)
+        if state.pruner:
+            state.pruner.hold()
 
     return step
-
-
-def _renew_masks(
-    state: State, schedule: MaskSchedule | None, progress: float, due: tuple[float, ...] | None
-) -> tuple[float, ...] | None:
-    """Make new masks where something else than `due` is due at this progress; return what is due."""
-    if schedule is None or (now_due := schedule.due_at(progress)) == due:
-        return due
-    alive = {name: ~gone for name, gone in state.pruned.items()}
-    for name, mask in schedule.masks_for(now_due, alive).items():
-        weight_in_place(state.model.get_submodule(name), name)
-        state.pruned.setdefault(name, torch.empty_like(mask)).copy_(~mask)
-    _zero_pruned(state)
-    return now_due
-
-
-@torch.no_grad()
-def _zero_pruned(state: State) -> None:
-    for name, gone in state.pruned.items():
-        state.model.get_submodule(name).weight.masked_fill_(gone, 0.0)
 
 
 def _mean_loss_of_epoch(state: State, steps: int) -> float:

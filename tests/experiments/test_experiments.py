@@ -340,21 +340,23 @@ def test_gradual_masks_of_the_network_freeze_at_two_thirds(folder, monkeypatch):
     """From then on a weight that is zero stays zero, and none is added."""
     fit, snapshots = training.fit, []
 
-    def watched(model, *args, schedule=None, **kwargs):
-        def due_at(progress):
-            if schedule and progress:  # what the step before has left
-                weights = pruning.prunable(model).values()
-                snapshots.append((progress, torch.cat([weight.detach().flatten() != 0 for weight in weights])))
-            return schedule.due_at(progress)
+    def watched(model, *args, pruner=None, **kwargs):
+        if pruner:
+            advance, weights = pruner.advance, pruning.prunable(model).values()
 
-        return fit(model, *args, schedule=schedule and replace(schedule, due_at=due_at), **kwargs)
+            def seen():  # what the step before has left
+                snapshots.append(torch.cat([weight.detach().flatten() != 0 for weight in weights]))
+                advance()
+
+            pruner.advance = seen
+        return fit(model, *args, pruner=pruner, **kwargs)
 
     monkeypatch.setattr(training, "fit", watched)
     fast = replace(DENSE, recipe=replace(DENSE.recipe, lr=0.3))  # steps so large that a new ranking would differ
     run(Pruned(fast, "Unstructured()", 0.1, epochs=4), folder)
-    frozen = [mask for progress, mask in snapshots if progress > 0.7]
-    assert len(frozen) > 2 and all(torch.equal(mask, frozen[0]) for mask in frozen)
-    kept = [int(mask.sum()) for _, mask in snapshots]
+    assert len(snapshots) == 12  # steps
+    assert all(torch.equal(mask, snapshots[8]) for mask in snapshots[9:])
+    kept = [int(mask.sum()) for mask in snapshots]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) > 4
 
 

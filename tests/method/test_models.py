@@ -135,6 +135,16 @@ def test_layer_that_patterns_cannot_prune_is_not_passed_over_in_silence(layer):
         weights(nn.Sequential(layer, nn.Linear(4, 4)))
 
 
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_names_are_those_without_the_wrappers(wrap):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), nn.Linear(4 * 30 * 30, 2))
+    plain = describe_layers(model)
+    assert list(weights(wrap(model))) == list(plain.index) == ["0.0", "1"]
+    assert describe_layers(wrap(model)).equals(plain)
+    model[1] = torch.compile(model[1], backend="eager")
+    assert list(weights(wrap(model))) == ["0.0", "1"]
+
+
 class Twice(nn.Module):
     """Runs one convolution twice, a transposed one once, and multiplies by a matrix of its own."""
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import OutOfTime
-from reprolib.patterns import parse
+from reprolib.pruning import Pruner
+from reprolib.pruning import pruner as pruner_module
 from reprolib.training import (
-    MaskSchedule,
     Recipe,
     accuracy_pct,
     dense_lr,
@@ -51,12 +51,19 @@ def before_each_step():
 
 def trained(model, dataset, recipe=SHORT, seed=0, **options):
     """The network's weights behind training, and the curve."""
-    curve, _ = fit(model, dataset, recipe, seed=seed, **options)
+    curve = fit(model, dataset, recipe, seed=seed, **options)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), curve
 
 
-def always(masks):
-    return MaskSchedule(lambda progress: (), lambda due, alive: masks)
+def of_layer_2(model, **options):
+    """A pruner of 288 single weights of 576."""
+    return Pruner(model, "Unstructured()", 0.5, 6, layers=["2"], **options)
+
+
+@pytest.fixture
+def due(monkeypatch):
+    """Schedules of every pruner follow a function of progress."""
+    return lambda at: monkeypatch.setattr(pruner_module, "sparsity_at", lambda schedule, target, progress: at(progress))
 
 
 # --- Repeatability ----------------------------------------------------------------------------------------------------
@@ -75,14 +82,14 @@ def test_another_seed_gives_other_weights(few_digits, small_net):
 
 def test_network_learns_the_digits(digits, small_net):
     model = small_net()
-    curve, _ = fit(model, digits, Recipe(epochs=4, batch_size=32, lr=0.02), seed=0)
+    curve = fit(model, digits, Recipe(epochs=4, batch_size=32, lr=0.02), seed=0)
     assert curve[-1]["loss_train"] < curve[0]["loss_train"]
     assert accuracy_pct(model, digits, digits.test) > 80
 
 
 def test_curve_has_a_row_per_epoch(few_digits, small_net):
     model = small_net()
-    curve, _ = fit(model, few_digits, replace(SHORT, lr=0.5), seed=0)
+    curve = fit(model, few_digits, replace(SHORT, lr=0.5), seed=0)
     assert [row["epoch"] for row in curve] == [1, 2]
     assert curve[-1]["lr"] == pytest.approx(0.5 * dense_lr(5 / 6))
     assert curve[-1]["accuracy_validation_pct"] == accuracy_pct(model, few_digits, few_digits.validation)
@@ -114,58 +121,38 @@ def test_each_epoch_shows_every_image_once_and_with_its_label(few_digits, monkey
 
 def test_pruned_weights_are_zero_at_every_forward_pass(few_digits, small_net):
     model = small_net()
-    weight, passes = model[2].weight, []
-    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    kept_before = weight.detach()[mask].clone()
+    weight, before, passes = model[2].weight, model[2].weight.detach().clone(), []
+    pruner = of_layer_2(model, schedule="one-shot")
+    mask = pruner.masks["2"]
     model.register_forward_pre_hook(
         lambda module, _: passes.append((module.training, weight[~mask].abs().max().item()))
     )
-
-    _, masks = fit(model, few_digits, SHORT, seed=0, schedule=always({"2": mask}))
-    assert torch.equal(masks["2"], mask)
+    fit(model, few_digits, SHORT, seed=0, pruner=pruner)
+    assert mask.sum() == 288 and torch.equal(pruner.masks["2"], mask)
     assert passes == 2 * [*3 * [(True, 0.0)], (False, 0.0)]  # three training batches and one of validation per epoch
     assert (weight[~mask] == 0).all()
-    assert (weight[mask] != kept_before).double().mean() > 0.98  # a small step may end where it began, by rounding
+    assert (weight[mask] != before[mask]).double().mean() > 0.98  # a small step may end where it began, by rounding
 
 
-def test_new_masks_hold_from_the_forward_pass_of_their_progress_on(few_digits, small_net):
+def test_new_masks_hold_from_the_forward_pass_of_their_progress_on(few_digits, small_net, due):
     """The masks prune one more weight at each step; the network shows how many are zero when it runs."""
     model, zeros = small_net(), []
     weight = model[2].weight
-    model.register_forward_pre_hook(
-        lambda module, _: zeros.append(int((weight == 0).sum())) if module.training else None
-    )
-
-    def masks_for(due, alive):
-        return {"2": (torch.arange(weight.numel()) >= due[0]).view_as(weight)}
-
-    schedule = MaskSchedule(lambda progress: (1 + round(6 * progress),), masks_for)
-    _, masks = fit(model, few_digits, SHORT, seed=0, schedule=schedule)
-    assert zeros == [1, 2, 3, 4, 5, 6]
-    assert int((weight == 0).sum()) == int((~masks["2"]).sum()) == 7  # those of progress 1
+    model.register_forward_pre_hook(lambda module, _: zeros.append((module.training, int((weight == 0).sum()))))
+    due(lambda progress: (1 + round(6 * progress)) / 576)
+    fit(model, few_digits, SHORT, seed=0, pruner=of_layer_2(model))
+    # The accuracy of the first epoch is that of the masks it trained with. Those of progress 1 end the last one.
+    assert zeros[:4] == [(True, 1), (True, 2), (True, 3), (False, 3)]
+    assert zeros[4:] == [(True, 4), (True, 5), (True, 6), (False, 7)]
 
 
-def test_masks_are_made_once_for_what_is_due(few_digits, small_net):
-    model, made = small_net(), []
-
-    def masks_for(due, alive):
-        made.append(due)
-        return {"2": torch.ones_like(model[2].weight, dtype=torch.bool)}
-
-    fit(model, few_digits, SHORT, seed=0, schedule=MaskSchedule(lambda progress: (float(progress >= 0.5),), masks_for))
-    assert made == [(0.0,), (1.0,)]
-
-
-def test_weight_that_a_later_mask_keeps_again_grows_back(few_digits, small_net):
+def test_weight_that_a_later_mask_keeps_again_grows_back(few_digits, small_net, due):
     model = small_net()
-    weight = model[2].weight
-    all_of_it = torch.ones_like(weight, dtype=torch.bool)
-    early, late = {"2": all_of_it.index_fill(1, torch.tensor([0]), False)}, {"2": all_of_it}
-    fit(model, few_digits, SHORT, seed=0, schedule=always(early))
-    assert (weight[:, 0] == 0).all()
-    schedule = MaskSchedule(lambda progress: (progress >= 0.5,), lambda due, alive: late if due[0] else early)
-    fit(model, few_digits, SHORT, seed=0, schedule=schedule)
-    assert (weight[:, 0] != 0).any()
+    due(lambda progress: 0.5 if progress < 0.5 else 0.0)
+    pruner = of_layer_2(model, masks="refitted")
+    gone = ~pruner.masks["2"]
+    fit(model, few_digits, SHORT, seed=0, pruner=pruner)
+    assert gone.sum() == 288 and (model[2].weight[gone] != 0).any()
 
 
 def test_penalty_pulls_on_the_weights_and_stays_out_of_the_reported_loss(few_digits, small_net):
@@ -198,43 +185,19 @@ def test_label_smoothing_gives_every_class_its_share(few_digits):
     labels = torch.zeros_like(few_digits.train.labels)
     dataset = replace(few_digits, train=Split(few_digits.train.images, labels))
     recipe = Recipe(epochs=1, batch_size=96, lr=0.0, label_smoothing=0.1)
-    [row], _ = fit(model, dataset, recipe, seed=0)
+    [row] = fit(model, dataset, recipe, seed=0)
     normaliser = math.log(math.exp(2) + 9)
     assert row["loss_train"] == pytest.approx(0.91 * (normaliser - 2) + 0.09 * normaliser)
 
 
-def test_last_accuracy_is_that_of_the_last_masks(few_digits, small_net):
+def test_last_accuracy_is_that_of_the_last_masks(few_digits, small_net, due):
     """A training of one step ends before its masks are due: they still come before its accuracy."""
     model = small_net()
-
-    def masks_for(due, alive):
-        return {"2": torch.full_like(model[2].weight, due[0] < 1.0, dtype=torch.bool)}
-
-    schedule = MaskSchedule(lambda progress: (progress,), masks_for)
-    [row], _ = fit(model, few_digits, replace(SHORT, epochs=1, batch_size=96), seed=0, schedule=schedule)
-    assert (model[2].weight == 0).all()
+    due(lambda progress: 0.99 if progress == 1 else 0.0)
+    pruner = Pruner(model, "Unstructured()", 0.99, 1, layers=["2"])
+    [row] = fit(model, few_digits, replace(SHORT, epochs=1, batch_size=96), seed=0, pruner=pruner)
+    assert (model[2].weight == 0).sum() == 570
     assert row["accuracy_validation_pct"] == accuracy_pct(model, few_digits, few_digits.validation)
-
-
-def test_schedule_sees_the_masks_that_held_before(few_digits, small_net, tmp_path):
-    model, seen = small_net(), []
-
-    def masks_for(due, alive):
-        seen.append({name: int(mask.sum()) for name, mask in alive.items()})
-        return {"2": (torch.arange(model[2].weight.numel()) >= due[0]).view_as(model[2].weight)}
-
-    schedule = MaskSchedule(lambda progress: (round(6 * progress),), masks_for)
-    interrupted(model, few_digits, tmp_path / "checkpoint.safetensors", 4, schedule=schedule)
-    assert seen == [{}] + [{"2": 8 * 8 * 9 - gone} for gone in range(6)]
-
-
-@pytest.mark.parametrize("reparametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_masks_on_a_weight_that_is_computed_anew_are_refused(few_digits, small_net, reparametrize):
-    model = small_net()
-    mask = {"2": torch.ones_like(model[2].weight, dtype=torch.bool)}
-    reparametrize(model[2])
-    with pytest.raises(ValueError, match=r"weight of layer 2 is computed anew .* masks on it would be lost"):
-        fit(model, few_digits, SHORT, seed=0, schedule=always(mask))
 
 
 # --- Frozen parts -----------------------------------------------------------------------------------------------------
@@ -272,9 +235,9 @@ def test_model_in_eval_mode_trains_as_a_whole_and_is_in_eval_mode_again(few_digi
 
 def test_stopped_training_with_frozen_parts_goes_on_to_the_same_bits(few_digits, tmp_path):
     whole, pieces = frozen_net(), frozen_net()
-    curve, _ = fit(whole, few_digits, SHORT, seed=0)
+    curve = fit(whole, few_digits, SHORT, seed=0)
     frozen = {name: tensor.clone() for name, tensor in pieces.state_dict().items() if name.startswith("0.")}
-    again, _, stops = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", 2)
+    again, stops = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", 2)
     assert stops == 3 and again == curve
     assert all(torch.equal(tensor, pieces.state_dict()[name]) for name, tensor in whole.state_dict().items())
     assert all(torch.equal(tensor, pieces.state_dict()[name]) for name, tensor in frozen.items())
@@ -288,16 +251,16 @@ def test_tied_weights_can_be_stopped_too(few_digits, tmp_path):
         return model
 
     whole, pieces = net(), net()
-    curve, _ = fit(whole, few_digits, SHORT, seed=0)
-    again, _, _ = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", 4)
+    curve = fit(whole, few_digits, SHORT, seed=0)
+    again, _ = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", 4)
     assert again == curve and torch.equal(whole[3].weight, pieces[3].weight)
 
 
 # --- Stopping and going on --------------------------------------------------------------------------------------------
 
 
-def interrupted(model, dataset, checkpoint, steps, **options):
-    """Train in pieces of so many steps; return the curve, the masks, and how often it stopped."""
+def interrupted(model, dataset, checkpoint, steps, new_pruner=lambda: None):
+    """Train in pieces of so many steps, each with a new pruner; return the curve, and how often it stopped."""
     clock, stops = [0.0], 0
 
     def count(module, _):
@@ -310,7 +273,8 @@ def interrupted(model, dataset, checkpoint, steps, **options):
         while True:
             try:
                 deadline = clock[0] + steps - 0.5
-                curve, masks = fit(model, dataset, SHORT, seed=0, checkpoint=checkpoint, deadline=deadline, **options)
+                options = {"pruner": new_pruner(), "checkpoint": checkpoint, "deadline": deadline}
+                curve = fit(model, dataset, SHORT, seed=0, **options)
             except OutOfTime:
                 stops += 1
                 with torch.no_grad():  # what is in memory is lost
@@ -318,31 +282,74 @@ def interrupted(model, dataset, checkpoint, steps, **options):
                         tensor.zero_()
             else:
                 handle.remove()
-                return curve, masks, stops
+                return curve, stops
 
 
-@pytest.mark.parametrize("pattern", ["Balanced(16) & Block(32, 5)", "Unstructured()"])  # banks that straddle blocks
+def pruned_net(pattern="Balanced(16) & Block(32, 5)"):  # banks that straddle blocks
+    """A network, and what makes pruners of its last layer: their masks change at each of the first four steps."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    return model, lambda **options: Pruner(model, pattern, 0.8, 6, layers=["4"], **options)
+
+
+def assert_same(one, other):
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("pattern", ["Balanced(16) & Block(32, 5)", "Unstructured()"])
 @pytest.mark.parametrize(("steps", "stops"), [(1, 6), (2, 3), (4, 1)])
 def test_stopped_training_goes_on_to_the_same_bits(few_digits, tmp_path, steps, stops, pattern):
-    def net():
-        torch.manual_seed(0)
-        layers = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
-        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    (whole, pruner_of_whole), (pieces, pruner_of_pieces), made = pruned_net(pattern), pruned_net(pattern), []
 
-    def schedule(model):
-        return MaskSchedule(
-            lambda progress: (0.5 if progress < 0.4 else 0.8,),
-            lambda due, alive: {"4": parse(pattern).mask(model[4].weight, due[0])},
-        )
+    def new_pruner():
+        made.append(pruner_of_pieces())
+        return made[-1]
 
-    whole, pieces = net(), net()
-    curve, masks = fit(whole, few_digits, SHORT, seed=0, schedule=schedule(whole))
-    checkpoint = tmp_path / "checkpoint.safetensors"
-    again, same_masks, stopped = interrupted(pieces, few_digits, checkpoint, steps, schedule=schedule(pieces))
+    curve = fit(whole, few_digits, SHORT, seed=0, pruner=(pruner := pruner_of_whole()))
+    again, stopped = interrupted(pieces, few_digits, tmp_path / "checkpoint.safetensors", steps, new_pruner)
     assert stopped == stops and again == curve
-    assert torch.equal(same_masks["4"], masks["4"])
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, pieces.state_dict()[name]), name
+    assert torch.equal(made[-1].masks["4"], pruner.masks["4"])
+    assert pruner.sparsity == pytest.approx(0.8, abs=0.01)
+    assert_same(whole, pieces)
+
+
+def stopped(model, dataset, checkpoint, pruner):
+    """Train three steps, up to the end of an epoch, and leave a checkpoint."""
+    clock = iter(range(99))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutOfTime):
+        patch.setattr(loop.time, "time", lambda: next(clock))
+        fit(model, dataset, SHORT, seed=0, pruner=pruner, checkpoint=checkpoint, deadline=1.5)
+
+
+def test_checkpoint_of_a_former_version_goes_on_to_the_same_bits(few_digits, tmp_path):
+    """Its metadata told what was due when its masks were made, and nothing else of a pruner."""
+    (whole, pruner_of_whole), (pieces, pruner_of_pieces) = pruned_net(), pruned_net()
+    fit(whole, few_digits, SHORT, seed=0, pruner=pruner_of_whole())
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stopped(pieces, few_digits, checkpoint, pruner_of_pieces())
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata.pop("pruner"))["step"] == 2
+    metadata["position"] = json.dumps(json.loads(metadata["position"]) | {"due": [0.5]})
+    write_atomically(checkpoint, save(load_file(checkpoint), metadata))
+    fit(pieces, few_digits, SHORT, seed=0, pruner=pruner_of_pieces(), checkpoint=checkpoint)
+    assert_same(whole, pieces)
+
+
+def test_checkpoint_of_another_pruner_is_refused(few_digits, tmp_path):
+    model, new_pruner = pruned_net()
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stopped(model, few_digits, checkpoint, new_pruner())
+    with pytest.raises(ValueError, match=r"is of another training .*score='magnitude', .*: delete it"):
+        fit(model, few_digits, SHORT, seed=0, pruner=new_pruner(score="random"), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="is of a pruned training: delete it"):
+        fit(model, few_digits, SHORT, seed=0, checkpoint=checkpoint)
+    checkpoint.unlink()
+    stopped(model, few_digits, checkpoint, None)
+    with pytest.raises(ValueError, match=r"is of another training .*no mask for layer 4.*: delete it"):
+        fit(model, few_digits, SHORT, seed=0, pruner=new_pruner(), checkpoint=checkpoint)
 
 
 def test_checkpoint_says_where_training_stands(few_digits, small_net, tmp_path):
@@ -418,24 +425,21 @@ def test_captured_steps_do_what_single_launches_do(few_digits, small_net, monkey
 
     def curve():
         model = small_net().cuda()
-        weight = model[2].weight
-        masks = [{"2": torch.rand(weight.shape, device="cuda", generator=chance) < 0.5} for _ in range(2)]
-        rows, _ = fit(
+        weight, pruner = model[2].weight, of_layer_2(model, schedule="iterative")
+        rows = fit(
             model,
             dataset,
             recipe,
             seed=0,
-            schedule=MaskSchedule(lambda progress: (progress >= 0.5,), lambda due, alive: masks[due[0]]),
+            pruner=pruner,
             penalty=lambda: 1e-3 * weight.square().sum(),
             penalty_until=0.6,
         )
-        assert (weight[~masks[1]["2"]] == 0).all()
+        assert (weight == 0).sum() == 288 and (weight[~pruner.masks["2"]] == 0).all()
         return [row["loss_train"] for row in rows]
 
-    chance = torch.Generator("cuda").manual_seed(0)
     captured = curve()
     monkeypatch.setattr(loop, "_captured", lambda step: step)
-    chance.manual_seed(0)
     assert captured == pytest.approx(curve(), rel=1e-3)
 
 
