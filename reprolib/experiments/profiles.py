@@ -49,9 +49,10 @@ class Profile:
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     ablations: dict[str, Method]
     images: int = 0
+    model: str = "vgg16"
 
     def dense(self, dataset: str, seed: int) -> Dense:
-        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images)
+        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images, self.model)
 
     def settings(self, method: str) -> dict:
         """The parameters of notebook 02 that make up a method: ``pattern``, ``sparsities`` and what else it names.

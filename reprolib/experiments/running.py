@@ -13,10 +13,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from reprolib import pruning, training
+from reprolib import models, pruning, training
 from reprolib.experiments import records, storage
 from reprolib.experiments.definitions import Dense, Pruned
-from reprolib.models import layer_flops, vgg16
+from reprolib.models import layer_flops
 from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
 from reprolib.training import data, precision
 
@@ -95,7 +95,7 @@ def _new_model(dense: Dense) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(dense.seed)
         classes = {"cifar100": 100}.get(dense.dataset, 10)
-        model = vgg16(classes, dense.width, tuple(dense.hidden))
+        model = models.build(dense.model, classes, dense.width, dense.hidden)
     return model.to(training.device(), memory_format=torch.channels_last)
 
 
@@ -232,7 +232,7 @@ def _lr_at(experiment: Pruned) -> Callable[[float], float]:
 def _dense_columns(dense: Dense) -> dict:
     return {
         "dataset": dense.dataset,
-        "model": "vgg16",
+        "model": dense.model,
         "width": dense.width,
         "precision": precision.usable(dense.recipe.precision, training.device().type),
         "pattern": "dense",

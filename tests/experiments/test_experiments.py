@@ -90,7 +90,15 @@ CHANGES = {
         "precision": "bf16",
         "label_smoothing": 0.1,
     },
-    Dense: {"dataset": "cifar10", "recipe": Recipe(epochs=9), "width": 0.125, "hidden": (8,), "seed": 1, "images": 9},
+    Dense: {
+        "dataset": "cifar10",
+        "recipe": Recipe(epochs=9),
+        "width": 0.125,
+        "hidden": (8,),
+        "seed": 1,
+        "images": 9,
+        "model": "resnet20",
+    },
     Pruned: {
         "dense": replace(DENSE, seed=1),
         "pattern": "Balanced(4) & Block(4, 8)",

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
+from reprolib import models
 from reprolib.experiments import Dense, check_target, epochs, profiles
 from reprolib.files import paths
-from reprolib.models import vgg16
 from reprolib.patterns import parse
 from reprolib.pruning import make_masks, prunable, uniform_ratios
 from reprolib.training import Recipe
@@ -227,7 +227,7 @@ def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed
 def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
     profile = profiles.load(name)
     torch.manual_seed(0)
-    layers = prunable(vgg16(10, profile.width, tuple(profile.hidden)))
+    layers = prunable(models.build(profile.model, 10, profile.width, tuple(profile.hidden)))
     shapes = {weight.shape: weight for weight in layers.values()}  # equal shapes keep equally many
     asked = {(e.pattern, e.sparsity) for e in profile.asked("methods") + profile.asked("ablations")}
     for pattern, sparsity in sorted(asked):

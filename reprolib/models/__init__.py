@@ -1,0 +1,24 @@
+"""Networks, by name or one by one, and the weights in them that can be pruned.
+
+model = build("resnet18", num_classes=10, width=0.25)
+"""
+
+from reprolib.models.layers import describe_layers, is_finite, layer_flops, mode, weight_in_place, weights
+from reprolib.models.named import NAMES, build, check
+from reprolib.models.resnet import resnet18, resnet20
+from reprolib.models.vgg import vgg16
+
+__all__ = [
+    "NAMES",
+    "build",
+    "check",
+    "describe_layers",
+    "is_finite",
+    "layer_flops",
+    "mode",
+    "resnet18",
+    "resnet20",
+    "vgg16",
+    "weight_in_place",
+    "weights",
+]
