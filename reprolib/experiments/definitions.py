@@ -30,8 +30,7 @@ class Dense:
     model: str = "vgg16"
 
     def __post_init__(self):
-        if self.dataset not in data.NAMES:
-            raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
+        data.check(self.dataset)
         if not isinstance(self.recipe, Recipe):
             raise ValueError(f"recipe must be a Recipe, not {self.recipe!r}")
         if not isinstance(self.hidden, (tuple, list)):
@@ -48,7 +47,7 @@ class Dense:
     @property
     def origin(self) -> str:
         """Data set, network and seed, as the ids of its runs begin."""
-        return f"{self.dataset}-{self.model}x{self.width:g}-seed{self.seed}"
+        return f"{data.label(self.dataset)}-{models.label(self.model, self.width)}-seed{self.seed}"
 
     @cached_property
     def run_id(self) -> str:
@@ -57,7 +56,7 @@ class Dense:
     @property
     def label(self) -> str:
         """What progress bars and messages call it."""
-        return f"{self.dataset}, seed {self.seed}, dense"
+        return f"{data.label(self.dataset)}, seed {self.seed}, dense"
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Pruned:
     @property
     def label(self) -> str:
         """What progress bars and messages call it."""
-        return f"{self.dense.dataset}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
+        return f"{data.label(self.dense.dataset)}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
 
 
 def _normalise(frozen, **values) -> None:

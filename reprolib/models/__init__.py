@@ -4,7 +4,7 @@ model = build("resnet18", num_classes=10, width=0.25)
 """
 
 from reprolib.models.layers import describe_layers, is_finite, layer_flops, mode, weight_in_place, weights
-from reprolib.models.named import NAMES, build, check
+from reprolib.models.named import NAMES, build, check, label, title
 from reprolib.models.resnet import resnet18, resnet20
 from reprolib.models.vgg import vgg16
 
@@ -14,10 +14,12 @@ __all__ = [
     "check",
     "describe_layers",
     "is_finite",
+    "label",
     "layer_flops",
     "mode",
     "resnet18",
     "resnet20",
+    "title",
     "vgg16",
     "weight_in_place",
     "weights",

@@ -109,9 +109,9 @@ def is_finite(model: nn.Module) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
-def describe_layers(model: nn.Module) -> pd.DataFrame:
+def describe_layers(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> pd.DataFrame:
     """One row per convolution and linear layer: weight shape, count of weights, FLOPs for one image."""
-    named, flops = weights(model), layer_flops(model)
+    named, flops = weights(model), layer_flops(model, image_shape)
     return pd.DataFrame(
         {
             "shape": {name: "×".join(map(str, weight.shape)) for name, weight in named.items()},
