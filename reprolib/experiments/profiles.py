@@ -19,7 +19,6 @@ from reprolib.files.settings import Count, Some
 from reprolib.training import Recipe
 
 DRY_RUN, DRY_IMAGES = "-dry-run", 16
-RESERVED = ("sweeps", "h100")  # folders of results that are no profile's
 DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
 DECIDED_FROM = 0.90  # CIFAR-10 is nearly flat below: claims on accuracy are decided at and above this target sparsity
 
@@ -168,7 +167,7 @@ def load(name: str) -> Profile:
     What ends in ``.yaml`` is the path of a profile of the user's own. Its content is kept beside its results, so that
     from then on other processes, and the user, may call it by its name, as the project's.
 
-    Raises ValueError, naming what is wrong, for an unknown or incomplete profile, OSError for a file that can't be read.
+    Raises ValueError, naming what is wrong, for an unknown or incomplete profile; OSError for an unreadable file.
     """
     if name.endswith(DRY_RUN):
         return dry_run(load(name.removesuffix(DRY_RUN)))
@@ -178,9 +177,8 @@ def load(name: str) -> Profile:
         return _read(paths.PROFILES / f"{name}.yaml", name)
     kept = paths.own_profile(name)
     if "/" in name or not kept.exists():
-        raise ValueError(
-            f"unknown profile {name!r}: known are {', '.join(names())}; one of your own is a path, mine.yaml"
-        )
+        known = ", ".join(names())
+        raise ValueError(f"unknown profile {name!r}: known are {known}; one of your own is the path of a .yaml file")
     return _read(kept, name)
 
 
@@ -190,10 +188,8 @@ def _adopted(path: Path) -> Profile:
     if path.resolve().parent == paths.PROFILES:
         return load(name)
     if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(DRY_RUN):
-        raise ValueError(
-            f"{path}: results are named after the file, so call it by letters, digits, _, . and -: mine.yaml"
-        )
-    if name in (*names(), *RESERVED):
+        raise ValueError(f"{path}: results are named after the file: call it by letters, digits, _, . and -")
+    if name in (*names(), "sweeps"):
         raise ValueError(f"{path}: results/{name} belongs to the project: give your profile another name")
     profile, content = _read(path, name), path.read_text(encoding="utf-8")
     kept = paths.own_profile(name)

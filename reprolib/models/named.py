@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from reprolib.files import own_code
+from reprolib.models import resnet
 from reprolib.models.layers import mode
-from reprolib.models.resnet import resnet18, resnet20
 from reprolib.models.vgg import vgg16
 
 TITLES = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet20": "ResNet-20"}
@@ -23,8 +23,8 @@ def check(name: str, width: float = 1.0, hidden: tuple[int, ...] = ()) -> None:
         raise ValueError(f"{name} is a function of your own, which decides its width: leave width 1, not {width:g}")
     if hidden and name != "vgg16":
         raise ValueError(f"hidden linear layers are for vgg16, not {name}: leave hidden empty, not {list(hidden)}")
-    if name == "resnet20" and not width * 16 >= 1:
-        raise ValueError(f"width {width!r} leaves the first layer of {name} without channels: use at least 1/16")
+    if name in resnet.FIRST:
+        resnet.check_width(name, width)
 
 
 def build(
@@ -40,9 +40,9 @@ def build(
         case "vgg16":
             return vgg16(num_classes, width, hidden, image_size)
         case "resnet18":
-            return resnet18(num_classes, width)
+            return resnet.resnet18(num_classes, width)
         case "resnet20":
-            return resnet20(num_classes, width)
+            return resnet.resnet20(num_classes, width)
     model = own_code.function(name)(num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module, not {model!r}")

@@ -2,31 +2,44 @@
 
 from torch import Tensor, nn
 
+FIRST = {"resnet18": 64, "resnet20": 16}  # channels of the first layer
+# In torch 2.14, the gradient of a 1x1 convolution with a stride writes beyond its memory where the input has fewer
+# channels than a vector has numbers (issue 6035 of oneDNN): 8 on AVX2, where it was seen, and 16 on AVX-512.
+FEWEST = 16
+
 
 def resnet18(num_classes: int, width: float = 1.0) -> nn.Sequential:
     """ResNet-18: four stages of two blocks with 64, 128, 256 and 512 channels, scaled by `width`.
 
     Takes float images ``[N, 3, H, W]`` of any size, gives logits ``[N, num_classes]``. The paper's network for
-    ImageNet, but for its first layers: a 7x7 convolution and a max-pool would leave little of a 32 x 32 image.
+    ImageNet, but for its first layers: a 7x7 convolution and a max-pool would leave little of a 32 x 32 image. Raises
+    ValueError for a width that leaves the first layer fewer than 16 channels.
     """
+    check_width("resnet18", width)
     return _resnet(num_classes, (64, 128, 256, 512), 2, width)
 
 
 def resnet20(num_classes: int, width: float = 1.0) -> nn.Sequential:
     """ResNet-20, the paper's smallest for CIFAR: three stages of three blocks with 16, 32 and 64 channels.
 
-    Images, logits and `width` as for `resnet18`. Where a stage begins, the shortcut is a 1x1 convolution (option B of
-    the paper), as in ResNet-18. For CIFAR the paper fills up with zeros instead (option A), 2,752 parameters fewer: a
-    layer that patterns can prune is what they are to be tried on.
+    Images, logits, `width` and errors as for `resnet18`. Where a stage begins, the shortcut is a 1x1 convolution
+    (option B of the paper), as in ResNet-18. For CIFAR the paper fills up with zeros instead (option A): 2,752
+    parameters fewer, and none in shortcuts that patterns could be tried on.
     """
+    check_width("resnet20", width)
     return _resnet(num_classes, (16, 32, 64), 3, width)
 
 
-def _resnet(num_classes: int, stages: tuple[int, ...], blocks: int, width: float) -> nn.Sequential:
-    if not width * stages[0] >= 1:
+def check_width(name: str, width: float) -> None:
+    """Raise ValueError for a width that leaves the first layer of the network `name` fewer than `FEWEST` channels."""
+    if not width * FIRST[name] >= FEWEST:
         raise ValueError(
-            f"width {width!r} leaves the first layer of this ResNet without channels: use at least 1/{stages[0]}"
+            f"width {width!r} leaves the first layer of {name} fewer than {FEWEST} channels, with which torch may "
+            f"crash on a CPU: use at least {FEWEST / FIRST[name]:g}"
         )
+
+
+def _resnet(num_classes: int, stages: tuple[int, ...], blocks: int, width: float) -> nn.Sequential:
     channels = round(stages[0] * width)
     layers = [*_convolution(3, channels, 3), nn.ReLU(inplace=True)]
     for stage in stages:

@@ -52,7 +52,7 @@ def label(name: str) -> str:
     found = FOLDER.fullmatch(plain)
     parts = [Path(found["path"]).name, found["size"]] if found else [plain]
     parts += ["flip"] if plain != name else []
-    return re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))).strip("-.")
+    return re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))).strip("-.") or "folder"
 
 
 def read(name: str, root: Path) -> OwnData:
