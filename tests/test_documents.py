@@ -1,8 +1,8 @@
 """Every command and code block of README and docs/ works as it stands there.
 
 Python blocks run, in the order of their page. A YAML block is a profile, or a grid for `make sweep`: each of its points
-can be computed. Commands that take seconds run; of the others, `make` must know target and variables, the values must exist,
-and the programs that they start must accept their arguments.
+can be computed. Commands that take seconds run; of the others, `make` must know target and variables, the values must
+exist, and the programs that they start must accept their arguments.
 """
 
 import argparse

@@ -18,6 +18,7 @@ RETRAININGS = ("lr-rewinding", "fine-tuning")
 class Dense:
     """A dense network, trained from scratch. All patterns of a (data set, seed) start from the same one.
 
+    `dataset` and `model` are names of the project, or of the user's own (see `training.own_data`, `models.build`).
     `images` > 0 takes only as many of each split: enough to try every step, and proof of nothing.
     """
 
