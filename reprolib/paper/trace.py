@@ -106,11 +106,11 @@ def main() -> None:
     what.add_argument("--cell", help="of the accuracy table: a method, @ and a sparsity in percent, such as hybrid@95")
     arguments = parser.parse_args()
     try:
-        profiles.load(arguments.profile)
+        name = profiles.load(arguments.profile).name
         if arguments.cell:
-            print(cell(arguments.profile, arguments.cell))
+            print(cell(name, arguments.cell))
         elif arguments.claim.isdecimal():
-            print(claim(arguments.profile, int(arguments.claim)))
+            print(claim(name, int(arguments.claim)))
         else:
             raise ValueError(f"there is no claim {arguments.claim!r}: there are {', '.join(map(str, claims.CLAIMS))}")
     except (ValueError, OSError) as error:

@@ -136,12 +136,16 @@ def _dataset(name, classes, images, labels, test, flip, pad) -> Dataset:
 
 
 def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in [0, 1], from its histogram: exact, and fast."""
+    """Mean and standard deviation of each channel in [0, 1], from its histogram: exact, and fast.
+
+    A channel that never changes gets a deviation of one: normalised, it is zero.
+    """
     levels = np.arange(256) / 255
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
     means = [float(np.average(levels, weights=count)) for count in counts]
     deviations = [
-        float(np.average((levels - mean) ** 2, weights=count) ** 0.5) for mean, count in zip(means, counts, strict=True)
+        float(np.average((levels - mean) ** 2, weights=count) ** 0.5) or 1.0
+        for mean, count in zip(means, counts, strict=True)
     ]
     return tuple(means), tuple(deviations)
 

@@ -42,6 +42,8 @@ def test_a_folder_is_split_and_labelled_by_its_classes(pets):
     for split in (loaded.train, loaded.validation):
         assert torch.equal(split.labels, (split.images[:, 0, 0, 0] >= 100).long())
     assert data.shape("folder:pets") == (2, 32)
+    assert loaded.std[0] > 0 and loaded.std[1:] == (1.0, 1.0), "two channels are black in all images"
+    assert data.normalised(loaded.test.images, loaded)[:, 1:].eq(0).all()
 
 
 def test_a_mirrored_image_shows_its_class_where_the_user_says_so(pets):
