@@ -143,11 +143,8 @@ def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[fl
     levels = np.arange(256) / 255
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
     means = [float(np.average(levels, weights=count)) for count in counts]
-    deviations = [
-        float(np.average((levels - mean) ** 2, weights=count) ** 0.5) or 1.0
-        for mean, count in zip(means, counts, strict=True)
-    ]
-    return tuple(means), tuple(deviations)
+    spreads = [np.average((levels - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
+    return tuple(means), tuple(float(spread**0.5) or 1.0 for spread in spreads)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
