@@ -38,7 +38,7 @@ lint: env ## check style, and that notebooks carry no outputs
 strip: env ## remove outputs from notebooks, before a commit
 	@$(STRIP) notebooks/*.ipynb
 
-reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening or paper (default: what fits); BUDGET=20m stops in time
+reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening, paper or mine.yaml (default: what fits); BUDGET=20m stops in time
 	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget $(BUDGET))
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
@@ -57,12 +57,12 @@ sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"
 
 bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu or cuda; leave the machine alone meanwhile
-	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop)) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))" $(if $(BUDGET),--budget $(BUDGET))
 	$(BIN)/python -m reprolib.bench masks
 
 bench-peers: env ## bench, with DeepSparse, OpenVINO, ONNX Runtime and torch.compile beside it; SHORT=1: one table at 90 %, in minutes
 	@$(BIN)/python -m reprolib.files.environment --peers
-	$(BIN)/python -m reprolib.bench latency --peers $(if $(SHORT),--short) --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m reprolib.bench latency --peers $(if $(SHORT),--short) --profile "$(or $(PROFILE),laptop)" $(if $(BUDGET),--budget $(BUDGET))
 	@$(if $(SHORT),$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop))
 
 bench-networks: env ## bench-peers with larger networks: ResNet-18 and ResNet-50, images of 224 x 224 pixels
@@ -71,7 +71,7 @@ bench-networks: env ## bench-peers with larger networks: ResNet-18 and ResNet-50
 	@$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop) --networks
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
-	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))
+	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))"
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

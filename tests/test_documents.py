@@ -1,8 +1,8 @@
 """Every command and code block of README and docs/ works as it stands there.
 
-Python blocks run, in the order of their page. A YAML block is a grid for `make sweep`: each of its points can be
-computed. Commands that take seconds run; of the others, `make` must know target and variables, the values must exist,
-and the programs that they start must accept their arguments.
+Python blocks run, in the order of their page. A YAML block is a profile, or a grid for `make sweep`: each of its points
+can be computed. Commands that take seconds run; of the others, `make` must know target and variables, the values must
+exist, and the programs that they start must accept their arguments.
 """
 
 import argparse
@@ -82,14 +82,26 @@ COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_runs_as_it_stands_there(page):
+def test_code_runs_as_it_stands_there(page, tmp_path, monkeypatch):
     with torch.random.fork_rng():
         names = {"__name__": page.stem}  # of the classes that it defines
         exec(TOLD, names)
         for number, block in enumerate(blocks(page, "python")):
             exec(compile(block, f"{page.name}, block {number + 1}", "exec", dont_inherit=True), names)
         for block in blocks(page, "yaml"):
-            check_grid(page, YAML(typ="safe").load(block))
+            written = YAML(typ="safe").load(block)
+            check_profile(block, tmp_path, monkeypatch) if "methods" in written else check_grid(page, written)
+
+
+def check_profile(block, folder, monkeypatch):
+    """A profile of the reader's own: its patterns express its sparsities on its network."""
+    monkeypatch.setenv("REPROLIB_HOME", str(folder))
+    (folder / "mine.yaml").write_text(block)
+    profile = profiles.load(str(folder / "mine.yaml"))
+    weights = pruning.prunable(models.build(profile.model, 2, profile.width, tuple(profile.hidden)))
+    for experiment in profile.asked("methods") + profile.asked("ablations"):
+        pattern, ratios = parse(experiment.pattern), pruning.uniform_ratios(weights, experiment.sparsity)
+        running.check_target(pattern, experiment.sparsity, pruning.make_masks(weights, pattern, ratios))
 
 
 def check_grid(page, grid):
@@ -122,7 +134,7 @@ def test_a_grid_with_an_impossible_point_is_found(tmp_path):
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 VALUES = {  # what raises ValueError for a wrong value of a make variable
-    "PROFILE": profiles.load,
+    "PROFILE": lambda name: name == "mine.yaml" or profiles.load(name),  # the reader's own
     "BUDGET": seconds,
     "NOTEBOOK": paths.notebook,
     "GRID": lambda name: Path(name).suffix == ".yaml" or refuse(name),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from reprolib.bench import latency, masks, peers
+from reprolib.bench import latency, masks, peers, reach
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime, seconds
@@ -44,6 +44,8 @@ def main() -> None:
             masks.print_times(arguments.threads)
             return
         profile, device = profiles.load(arguments.profile), arguments.device
+        if why := reach.why_untimed(profile):
+            raise ValueError(f"{profile.name}: {why}")
         extent = arguments.extent or "all"
         output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
         apart = {"short": paths.short_latency_csv, "networks": paths.networks_latency_csv}

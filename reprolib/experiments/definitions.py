@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import MISSING, dataclass
 from functools import cached_property
 
-from reprolib import checks, pruning
+from reprolib import checks, models, pruning
 from reprolib.experiments import records
 from reprolib.patterns import Block, Hybrid, check_sparsity, parse
 from reprolib.training import Recipe, data
@@ -16,8 +16,9 @@ RETRAININGS = ("lr-rewinding", "fine-tuning")
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense VGG-16, trained from scratch. All patterns of a (data set, seed) start from the same one.
+    """A dense network, trained from scratch. All patterns of a (data set, seed) start from the same one.
 
+    `dataset` and `model` are names of the project, or of the user's own (see `training.own_data`, `models.build`).
     `images` > 0 takes only as many of each split: enough to try every step, and proof of nothing.
     """
 
@@ -27,10 +28,10 @@ class Dense:
     hidden: tuple[int, ...] = ()
     seed: int = 0
     images: int = 0
+    model: str = "vgg16"
 
     def __post_init__(self):
-        if self.dataset not in data.NAMES:
-            raise ValueError(f"unknown data set {self.dataset!r}: known are {', '.join(data.NAMES)}")
+        data.check(self.dataset)
         if not isinstance(self.recipe, Recipe):
             raise ValueError(f"recipe must be a Recipe, not {self.recipe!r}")
         if not isinstance(self.hidden, (tuple, list)):
@@ -42,15 +43,21 @@ class Dense:
             seed=checks.whole("seed", self.seed, 0),
             images=checks.whole("images", self.images, 0),
         )
+        models.check(self.model, self.width, self.hidden)
+
+    @property
+    def origin(self) -> str:
+        """Data set, network and seed, as the ids of its runs begin."""
+        return f"{data.label(self.dataset)}-{models.label(self.model, self.width)}-seed{self.seed}"
 
     @cached_property
     def run_id(self) -> str:
-        return f"{self.dataset}-vgg16x{self.width:g}-seed{self.seed}-dense-{fingerprint(self)}"
+        return f"{self.origin}-dense-{fingerprint(self)}"
 
     @property
     def label(self) -> str:
         """What progress bars and messages call it."""
-        return f"{self.dataset}, seed {self.seed}, dense"
+        return f"{data.label(self.dataset)}, seed {self.seed}, dense"
 
 
 @dataclass(frozen=True)
@@ -113,16 +120,12 @@ class Pruned:
 
     @cached_property
     def run_id(self) -> str:
-        dense = self.dense
-        return (
-            f"{dense.dataset}-vgg16x{dense.width:g}-seed{dense.seed}-{self.method}-"
-            f"{100 * self.sparsity:g}pct-{fingerprint(self)}"
-        )
+        return f"{self.dense.origin}-{self.method}-{100 * self.sparsity:g}pct-{fingerprint(self)}"
 
     @property
     def label(self) -> str:
         """What progress bars and messages call it."""
-        return f"{self.dense.dataset}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
+        return f"{data.label(self.dense.dataset)}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
 
 
 def _normalise(frozen, **values) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Required, get_type_hints
 
 import pandas as pd
@@ -12,6 +14,7 @@ from typing_extensions import TypedDict  # Python 3.11 has one that pydantic can
 from reprolib import experiments
 from reprolib.experiments import Dense, Pruned
 from reprolib.files import paths, settings
+from reprolib.files.atomic import write_atomically
 from reprolib.files.settings import Count, Some
 from reprolib.training import Recipe
 
@@ -49,9 +52,10 @@ class Profile:
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     ablations: dict[str, Method]
     images: int = 0
+    model: str = "vgg16"
 
     def dense(self, dataset: str, seed: int) -> Dense:
-        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images)
+        return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images, self.model)
 
     def settings(self, method: str) -> dict:
         """The parameters of notebook 02 that make up a method: ``pattern``, ``sparsities`` and what else it names.
@@ -160,13 +164,38 @@ def names() -> list[str]:
 def load(name: str) -> Profile:
     """Read ``profiles/<name>.yaml``; for ``<name>-dry-run``, what `dry_run` makes of it.
 
-    Raises ValueError, naming what is wrong, for an unknown or incomplete profile.
+    What ends in ``.yaml`` is the path of a profile of the user's own. Its content is kept beside its results, so that
+    from then on other processes, and the user, may call it by its name, as the project's.
+
+    Raises ValueError, naming what is wrong, for an unknown or incomplete profile; OSError for an unreadable file.
     """
     if name.endswith(DRY_RUN):
         return dry_run(load(name.removesuffix(DRY_RUN)))
-    if name not in names():
-        raise ValueError(f"unknown profile {name!r}: known are {', '.join(names())}")
-    return _read(name)
+    if name.endswith(".yaml"):
+        return _adopted(Path(name).expanduser())
+    if name in names():
+        return _read(paths.PROFILES / f"{name}.yaml", name)
+    kept = paths.own_profile(name)
+    if "/" in name or not kept.exists():
+        known = ", ".join(names())
+        raise ValueError(f"unknown profile {name!r}: known are {known}; one of your own is the path of a .yaml file")
+    return _read(kept, name)
+
+
+def _adopted(path: Path) -> Profile:
+    """The profile of the user's own that lies at `path`; a copy of it goes to its results."""
+    name = path.stem
+    if path.resolve().parent == paths.PROFILES:
+        return load(name)
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(DRY_RUN):
+        raise ValueError(f"{path}: results are named after the file: call it by letters, digits, _, . and -")
+    if name in (*names(), "sweeps"):
+        raise ValueError(f"{path}: results/{name} belongs to the project: give your profile another name")
+    profile, content = _read(path, name), path.read_text(encoding="utf-8")
+    kept = paths.own_profile(name)
+    if not kept.exists() or kept.read_text(encoding="utf-8") != content:
+        write_atomically(kept, content)
+    return profile
 
 
 def dry_run(profile: Profile) -> Profile:
@@ -192,8 +221,7 @@ def dry_run(profile: Profile) -> Profile:
     )
 
 
-def _read(name: str) -> Profile:
-    path = paths.PROFILES / f"{name}.yaml"
+def _read(path: Path, name: str) -> Profile:
     written = settings.read(path, dict[str, Any])
     if taken := {"name", "images"} & written.keys():
         raise ValueError(f"{path}: {', '.join(sorted(taken))} is unknown")

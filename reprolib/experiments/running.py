@@ -13,10 +13,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from reprolib import pruning, training
+from reprolib import models, pruning, training
 from reprolib.experiments import records, storage
 from reprolib.experiments.definitions import Dense, Pruned
-from reprolib.models import layer_flops, vgg16
 from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
 from reprolib.training import data, precision
 
@@ -94,8 +93,8 @@ def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
 def _new_model(dense: Dense) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(dense.seed)
-        classes = {"cifar100": 100}.get(dense.dataset, 10)
-        model = vgg16(classes, dense.width, tuple(dense.hidden))
+        classes, image_size = data.shape(dense.dataset)
+        model = models.build(dense.model, classes, dense.width, dense.hidden, image_size)
     return model.to(training.device(), memory_format=torch.channels_last)
 
 
@@ -116,7 +115,7 @@ def _run_dense(dense: Dense, folder: Path, **limits):
         "accuracy_pct": accuracy,
         "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
         "epochs": dense.recipe.epochs,
-        "flops": sum(layer_flops(model).values()),
+        "flops": sum(_flops(model, dataset).values()),
         "params_kept": _parameters(model),
     }
     return row, curve, model
@@ -179,7 +178,7 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision),
         "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
         "epochs": experiment.epochs,
-        "flops": pruning.remaining_flops(layer_flops(model), masks),
+        "flops": pruning.remaining_flops(_flops(model, dataset), masks),
         "params_kept": _parameters(model) - pruned,
     }
     return row, curve, model
@@ -233,12 +232,16 @@ def _lr_at(experiment: Pruned) -> Callable[[float], float]:
 def _dense_columns(dense: Dense) -> dict:
     return {
         "dataset": dense.dataset,
-        "model": "vgg16",
+        "model": dense.model,
         "width": dense.width,
         "precision": precision.usable(dense.recipe.precision, training.device().type),
         "pattern": "dense",
         "seed": dense.seed,
     }
+
+
+def _flops(model: nn.Module, dataset: data.Dataset) -> dict[str, int]:
+    return models.layer_flops(model, (3, dataset.image_size, dataset.image_size))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -71,6 +71,11 @@ def figures(profile: str) -> Path:
     return home() / "figures" / profile
 
 
+def own_profile(profile: str) -> Path:
+    """The copy of a profile that the user gave by its path."""
+    return results(profile) / "profile.yaml"
+
+
 def report(profile: str) -> Path:
     """The page that ``make report`` writes."""
     return results(profile) / "report.html"

@@ -8,10 +8,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from reprolib import models
 from reprolib.paper.drawing import (
-    DATASETS,
     STYLE,
     VERDICT_COLORS,
+    data_title,
     mean_sd,
     method_line,
     nothing,
@@ -61,8 +62,9 @@ def _dense_line(axis: plt.Axes, dense: pd.DataFrame) -> None:
 def _panel_title(rows: pd.DataFrame) -> str:
     counts = rows.groupby(["pattern", "target_sparsity"], dropna=False)["seed"].nunique()
     seeds = f"{'up to ' if counts.min() < counts.max() else ''}{counts.max()} seeds"
-    name = DATASETS.get(rows["dataset"].iloc[0], rows["dataset"].iloc[0])
-    return f"{name}, VGG-16 ×{rows['width'].iloc[0]:g}: {f'mean ± SD of {seeds}' if counts.max() > 1 else 'one seed'}"
+    first = rows.iloc[0]
+    network = f"{data_title(first['dataset'])}, {models.title(first['model'], first['width'])}"
+    return f"{network}: {f'mean ± SD of {seeds}' if counts.max() > 1 else 'one seed'}"
 
 
 def accuracy_table(accuracy: pd.DataFrame) -> pd.DataFrame:
@@ -75,7 +77,7 @@ def accuracy_table(accuracy: pd.DataFrame) -> pd.DataFrame:
     grid = rows.pivot_table(
         index=["dataset", "place", "method"], columns="target_sparsity", values="accuracy_pct", aggfunc=mean_sd
     )
-    grid.index = [f"{DATASETS.get(dataset, dataset)}, {method}" for dataset, _, method in grid.index]
+    grid.index = [f"{data_title(dataset)}, {method}" for dataset, _, method in grid.index]
     grid.columns = [f"{100 * target:g} %" for target in grid.columns]
     return grid.fillna("")
 
@@ -224,7 +226,7 @@ def claims_forest(claims: pd.DataFrame, unit: str = "points") -> Figure:
         if not np.isnan(row.low):
             axis.plot([row.low, row.high], [place, place], color=color, linewidth=3 if decides else 1.5)
         axis.plot(row.difference, place, "o", color=color, markersize=8 if decides else 5, markeredgecolor="white")
-        name = f"claim {row.claim}, {DATASETS.get(row.dataset, row.dataset)}:\n{row.comparison}"
+        name = f"claim {row.claim}, {data_title(row.dataset)}:\n{row.comparison}"
         labels.append(name if decides else row.comparison.split(" at ")[-1])
     axis.set_yticks(range(len(rows)), labels)
     axis.set_ylim(-0.7, max(len(rows), 2) - 0.3)  # room for two lines at either end
@@ -254,7 +256,7 @@ def claims_table(claims: pd.DataFrame, texts: dict[int, str]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "claim": [f"{row.claim}. {texts[row.claim]}" for row in rows.itertuples()],
-            "data": [DATASETS.get(row.dataset, row.dataset) for row in rows.itertuples()],
+            "data": [data_title(row.dataset) for row in rows.itertuples()],
             "comparison": rows["comparison"].to_list(),
             "difference, 95 % interval": [difference(row) for row in rows.itertuples()],
             "seeds": rows["seeds"].to_list(),

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from reprolib import models
 from reprolib.bench.rivals import SPARSE
 from reprolib.experiments.profiles import DECIDED_FROM
 
@@ -163,7 +164,7 @@ def decisions(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> li
             found += _on_accuracy(claim, dataset, group, rival)
         for rival in ("block", "balanced"):
             found += [_on_reach(dataset, group, rival, drop) for drop in DROPS]
-    found += _on_speed(latency, accuracy["width"].iloc[0])
+    found += _on_speed(latency, *accuracy[["model", "width"]].iloc[0])
     return sorted(found, key=lambda decision: (decision.claim, decision.dataset))
 
 
@@ -245,24 +246,23 @@ def _complete_pairs(group: pd.DataFrame, rival: str) -> pd.DataFrame:
     return rows[tested == rows["target_sparsity"].nunique()]
 
 
-def _on_speed(latency: pd.DataFrame | None, width: float) -> list[Decision]:
-    """Claim 4, for each device that networks of this width were timed on with our kernels."""
-    nothing = {"claim": 4, "dataset": "cpu", "comparison": _between(width), "unit": LATENCY_UNIT} | NOTHING
+def _on_speed(latency: pd.DataFrame | None, model: str, width: float) -> list[Decision]:
+    """Claim 4, for each device that networks of this width were timed on with our kernels: VGG-16 alone is timed."""
+    comparison = f"{BETWEEN}, {models.title(model, width)}"
+    nothing = {"claim": 4, "dataset": "cpu", "comparison": comparison, "unit": LATENCY_UNIT} | NOTHING
+    if model != "vgg16":
+        return [Decision(remark="make bench times VGG-16 only", **nothing)]
     if latency is None:
         return [Decision(remark="no latency.csv: make bench measures it", **nothing)]
     decisive = (latency["scope"] == "network") & (latency["width"] == width) & (latency["implementation"] == SPARSE)
     decisive &= latency["target_sparsity"] >= DECIDED_FROM
     groups = latency[decisive].groupby("device")
     remark = f"no latencies of all three patterns at {100 * DECIDED_FROM:.0f} % or more and width {width:g}: make bench"
-    found = [decision for device, group in groups for decision in _on_device_speed(device, group, width)]
+    found = [decision for device, group in groups for decision in _on_device_speed(device, group, comparison)]
     return found or [Decision(remark=remark, **nothing)]
 
 
-def _between(width: float) -> str:
-    return f"{BETWEEN}, VGG-16 ×{width:g}"
-
-
-def _on_device_speed(device: str, latency: pd.DataFrame, width: float) -> list[Decision]:
+def _on_device_speed(device: str, latency: pd.DataFrame, comparison: str) -> list[Decision]:
     """How far inside the interval between block and balanced hybrid lies, on a logarithmic scale; negative outside.
 
     That is its distance to the nearer end, whichever of the two is the faster one. Nothing without all three patterns.
@@ -279,7 +279,7 @@ def _on_device_speed(device: str, latency: pd.DataFrame, width: float) -> list[D
     batches = ", ".join(str(batch) for batch in logs.index.unique("batch"))
     tested = ", ".join(f"{100 * sparsity:g}" for sparsity in logs.index.unique("target_sparsity"))
     remark = f"mean over {tested} % sparsity and batches of {batches}"
-    found = [Decision(4, device, _between(width), inside, LATENCY_UNIT, remark, rows)]
+    found = [Decision(4, device, comparison, inside, LATENCY_UNIT, remark, rows)]
     for rival, gap in gaps.items():
         two = rows[rows["pattern"].isin(["hybrid", rival])]
         parts = {f"hybrid − {rival}": (gap, two)}

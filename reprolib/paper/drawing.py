@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from reprolib.files.atomic import write_atomically
+from reprolib.training import data
 
 # One colour and marker per method in every figure (Okabe & Ito's palette, safe for colour-blind readers).
 STYLE = {
@@ -28,6 +29,11 @@ STYLE = {
 SPARE_COLORS = sns.color_palette("dark")
 VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#777777", "no data": "#BBBBBB"}
 DATASETS = {"noisy-digits": "noisy digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cpu": "CPU", "cuda": "GPU"}
+
+
+def data_title(dataset: str) -> str:
+    """A data set's name as figures show it, or a device's."""
+    return DATASETS.get(dataset) or data.label(dataset)
 
 
 def theme() -> None:

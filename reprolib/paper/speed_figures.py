@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from reprolib.paper.drawing import DATASETS, label, method_line, nothing, ordered, sparsity_axis, style
+from reprolib.paper.drawing import data_title, label, method_line, nothing, ordered, sparsity_axis, style
 
 DENSE = "#333333"
 DENSE_FILLS = ("#333333", "white", "#BBBBBB")  # the best dense path, our kernels, the other type
@@ -217,7 +217,7 @@ def accuracy_vs_latency(points: pd.DataFrame, front: Callable[[pd.DataFrame], pd
         axis.step(x, y, where="post", color="#777777", linewidth=1, zorder=1, label="front: not beaten")
         axis.set_xlim(right=right)
         _log_ticks(axis.xaxis)
-        axis.set(title=f"{DATASETS.get(dataset, dataset)}, batch {batch}", xlabel="latency of a batch (ms), measured")
+        axis.set(title=f"{data_title(dataset)}, batch {batch}", xlabel="latency of a batch (ms), measured")
     for row in axes:
         row[0].set_ylabel("test accuracy (%)")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

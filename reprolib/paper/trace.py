@@ -56,7 +56,7 @@ def cell(profile_name: str, name: str) -> str:
     if rows.empty:
         raise ValueError(f"there is no cell {name!r} in {profile_name}: there are {', '.join(sorted(cells.unique()))}")
     numbers = [
-        f"{drawing.DATASETS[dataset]}: {drawing.mean_sd(group['accuracy_pct'])} % of the test images"
+        f"{drawing.data_title(dataset)}: {drawing.mean_sd(group['accuracy_pct'])} % of the test images"
         for dataset, group in rows.groupby("dataset", sort=False)
     ]
     formula = "  formula   mean ± SD of accuracy_pct over seeds"
@@ -65,7 +65,7 @@ def cell(profile_name: str, name: str) -> str:
 
 def _decision(profile_name: str, decision: claims.Decision) -> str:
     row = decision.as_row()
-    lines = [f"{drawing.DATASETS.get(decision.dataset, decision.dataset)}: {decision.comparison}"]
+    lines = [f"{drawing.data_title(decision.dataset)}: {decision.comparison}"]
     if decision.differences.empty:
         return f"{lines[0]}\n  no data   {row['remark']}"
     bounds = "" if pd.isna(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
@@ -106,11 +106,11 @@ def main() -> None:
     what.add_argument("--cell", help="of the accuracy table: a method, @ and a sparsity in percent, such as hybrid@95")
     arguments = parser.parse_args()
     try:
-        profiles.load(arguments.profile)
+        name = profiles.load(arguments.profile).name
         if arguments.cell:
-            print(cell(arguments.profile, arguments.cell))
+            print(cell(name, arguments.cell))
         elif arguments.claim.isdecimal():
-            print(claim(arguments.profile, int(arguments.claim)))
+            print(claim(name, int(arguments.claim)))
         else:
             raise ValueError(f"there is no claim {arguments.claim!r}: there are {', '.join(map(str, claims.CLAIMS))}")
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Data sets that live on the training device as uint8: CIFAR-10, CIFAR-100 and the embedded noisy digits."""
+"""Data sets that live on the training device as uint8: CIFAR, the embedded noisy digits, and the user's own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reprolib.files import paths
+from reprolib.training import own_data
 
-NAMES = ("noisy-digits", "cifar10", "cifar100")
+SHAPES = {"noisy-digits": (10, 32), "cifar10": (10, 32), "cifar100": (100, 32)}  # classes, side of an image
+NAMES = tuple(SHAPES)
 NOISE = 200.0  # on digits: standard deviation, where black is 0 and white 255; without it pruning costs next to nothing
 COPIES, TEST_COPIES = 2, 5  # of each digit, each with its own noise; more for the test, which is seldom read
 CONNECTION_S = 15.0  # how long a silent network is waited for
@@ -25,7 +27,7 @@ CONNECTION_S = 15.0  # how long a silent network is waited for
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 ``[N, 32, 32, 3]`` and labels int64 ``[N]``."""
+    """Images uint8 ``[N, S, S, 3]`` and labels int64 ``[N]``."""
 
     images: Tensor
     labels: Tensor
@@ -57,6 +59,11 @@ class Dataset:
     flip: bool
     pad: int
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image in pixels."""
+        return self.train.images.shape[1]
+
     def to(self, device: torch.device | str) -> Dataset:
         return self._each(lambda split: split.to(device))
 
@@ -70,19 +77,44 @@ class Dataset:
 
 @cache
 def load(name: str, root: Path | None = None) -> Dataset:
-    """Load `name`: ``noisy-digits`` (comes with scikit-learn), ``cifar10`` or ``cifar100`` (fine labels).
+    """Load `name`: ``noisy-digits`` (comes with scikit-learn), ``cifar10``, ``cifar100`` (fine labels), or one's own.
 
-    CIFAR is read from `root`, by default ``$REPROLIB_DATA`` or ``data/``, and downloaded there if it is missing. One
-    tenth of the training images, the same ones for every seed, is set aside for validation.
+    CIFAR is read from `root`, by default ``$REPROLIB_DATA`` or ``data/``, and downloaded there if it is missing; for
+    the user's own see `own_data`. One tenth of the training images, the same ones for every seed, is set aside for
+    validation. Own images are shifted by up to an eighth of their side, as those of CIFAR are.
 
     Raises ValueError for an unknown name and for damaged files, FileNotFoundError if the data can't be had.
     """
+    check(name)
+    root = Path(root) if root else paths.data()
     if name == "noisy-digits":
         return _noisy_digits()
     if name not in NAMES:
-        raise ValueError(f"unknown data set {name!r}: known are {', '.join(NAMES)}")
-    train_images, train_labels, test, classes = _read_cifar(name, Path(root) if root else paths.data())
+        own = own_data.read(name, root)
+        return _dataset(name, own.classes, *own.train, own.test, flip=own.flip, pad=own.train[0].shape[1] // 8)
+    train_images, train_labels, test, classes = _read_cifar(name, root)
     return _dataset(name, classes, train_images, train_labels, test, flip=True, pad=4)
+
+
+def check(name: str) -> None:
+    """Raise ValueError, with the choice, for a name that no data set can have; nothing is read."""
+    if name not in NAMES and not (isinstance(name, str) and own_data.is_named(name)):
+        raise ValueError(
+            f"unknown data set {name!r}: known are {', '.join(NAMES)}; your own are folder:PATH or module:function"
+        )
+
+
+def label(name: str) -> str:
+    """The name without slashes and colons, as it stands in figures and in names of folders."""
+    return name if name in NAMES else own_data.label(name)
+
+
+def shape(name: str) -> tuple[int, int]:
+    """How many classes a data set has, and the side of its images in pixels. Own data are read for it, no others."""
+    if name in NAMES:
+        return SHAPES[name]
+    dataset = load(name)
+    return len(dataset.classes), dataset.image_size
 
 
 def _dataset(name, classes, images, labels, test, flip, pad) -> Dataset:
@@ -104,14 +136,15 @@ def _dataset(name, classes, images, labels, test, flip, pad) -> Dataset:
 
 
 def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in [0, 1], from its histogram: exact, and fast."""
+    """Mean and standard deviation of each channel in [0, 1], from its histogram: exact, and fast.
+
+    A channel that never changes gets a deviation of one: normalised, it is zero.
+    """
     levels = np.arange(256) / 255
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
     means = [float(np.average(levels, weights=count)) for count in counts]
-    deviations = [
-        float(np.average((levels - mean) ** 2, weights=count) ** 0.5) for mean, count in zip(means, counts, strict=True)
-    ]
-    return tuple(means), tuple(deviations)
+    spreads = [np.average((levels - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
+    return tuple(means), tuple(float(spread**0.5) or 1.0 for spread in spreads)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -154,7 +187,9 @@ def fetch(name: str, root: Path | None = None) -> None:
 
     Raises ValueError for damaged files, FileNotFoundError, with what can be done, if the data can't be had.
     """
-    if name != "noisy-digits":
+    if name not in NAMES:
+        load(name, root)
+    elif name != "noisy-digits":
         _fetch_cifar(name, root or paths.data())
 
 
@@ -180,7 +215,7 @@ def _read_cifar(name: str, root: Path):
     source = _fetch_cifar(name, root)
     train, test = source(root, train=True), source(root, train=False)
     found = len(train.classes), len(train.data), len(test.data)
-    expected = {"cifar10": 10, "cifar100": 100}[name], 50_000, 10_000
+    expected = SHAPES[name][0], 50_000, 10_000
     if found != expected:
         raise ValueError(
             f"{root / source.base_folder} holds (classes, training, test images) {found} where {name} has {expected}"
@@ -218,7 +253,7 @@ def _download(source, root: Path) -> None:
 
 
 def normalised(images: Tensor, dataset: Dataset) -> Tensor:
-    """uint8 ``[B, 32, 32, 3]`` to float32 ``[B, 3, 32, 32]`` in channels-last layout, zero mean and unit variance."""
+    """uint8 ``[B, S, S, 3]`` to float32 ``[B, 3, S, S]`` in channels-last layout, zero mean and unit variance."""
     shift, scale = _shift_and_scale(dataset.mean, dataset.std, images.device)
     return ((images - shift) / scale).permute(0, 3, 1, 2)
 
@@ -239,7 +274,7 @@ def draw_augmentations(count: int, dataset: Dataset, generator: torch.Generator)
 def augmented(images: Tensor, draws: Tensor, dataset: Dataset) -> Tensor:
     """Shift each image by up to `dataset.pad` pixels (zeros come in) and mirror it, each by its own `draws`.
 
-    uint8 ``[B, 32, 32, 3]`` in and out; `draws` as `draw_augmentations` makes them, on the device of the images.
+    uint8 ``[B, S, S, 3]`` in and out; `draws` as `draw_augmentations` makes them, on the device of the images.
     """
     pad, line = dataset.pad, torch.arange(images.shape[1], device=images.device)
     rows = draws[:, 0:1] + line

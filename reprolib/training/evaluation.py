@@ -12,7 +12,7 @@ from reprolib.models import is_finite, mode
 from reprolib.training.data import Dataset, Split, normalised
 from reprolib.training.precision import autocast
 
-EVALUATION_BATCH = {"cpu": 500, "cuda": 2500}
+EVALUATION_PIXELS = {"cpu": 500 * 32**2, "cuda": 2500 * 32**2}  # of a batch
 
 
 def accuracy_pct(model: nn.Module, dataset: Dataset, split: Split, precision: str = "fp32") -> float:
@@ -32,7 +32,7 @@ def mean_loss(model: nn.Module, dataset: Dataset, split: Split, precision: str =
 def _mean_over(split: Split, model: nn.Module, dataset: Dataset, precision: str, total_of: Callable) -> float:
     where = split.labels.device
     total, finite = torch.zeros((), device=where), torch.ones((), dtype=torch.bool, device=where)
-    batch = EVALUATION_BATCH[where.type]
+    batch = max(1, EVALUATION_PIXELS[where.type] // dataset.image_size**2)
     with mode(model, training=False):
         for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
             with autocast(precision, where.type):

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from reprolib import experiments
+from reprolib.bench import reach
 from reprolib.experiments import Dense, Pruned, profiles, records, workers
 from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
@@ -72,12 +73,17 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
         write_tables(profile)
         if missing:
             print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
-        whole = not missing and budget_s == math.inf
-        if whole and not paths.latency_csv(profile.name).exists() and not _measured(profile.name, cores):
-            errors.append("latencies could not be measured, see above: make bench tries again")
+        whole, untimed = not missing and budget_s == math.inf, ""
+        if whole and not paths.latency_csv(profile.name).exists():
+            untimed = reach.why_untimed(profile)
+            if untimed:
+                print(f"no latencies: {untimed}")
+            elif not _measured(profile.name, cores):
+                errors.append("latencies could not be measured, see above: make bench tries again")
+        timed = paths.latency_csv(profile.name).exists()
         try:
-            if whole and paths.latency_csv(profile.name).exists():
-                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+            if whole and (timed or untimed):
+                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name, "latency": timed})
                 publish(profile.name)
             else:
                 draw(profile.name, cores, lock)
@@ -195,7 +201,7 @@ def _summary(row: dict) -> str:
     """One line on a network that is done."""
     sparsity = f" at {100 * row['sparsity']:.1f} %" if row["pattern"] != "dense" else ""
     return (
-        f"{row['dataset']}, seed {row['seed']}, {row['pattern']}{sparsity}: "
+        f"{data.label(row['dataset'])}, seed {row['seed']}, {row['pattern']}{sparsity}: "
         f"accuracy {row['accuracy_pct']:.2f} % in {row['wall_time_s']:.0f} s"
     )
 

@@ -58,6 +58,17 @@ def test_ids_are_readable_and_do_not_change():
     assert one_shot.run_id == "noisy-digits-vgg16x0.0625-seed0-hybrid-75pct-d4d2fdfa"
 
 
+def test_ids_of_own_data_and_networks_are_readable_and_tell_them_apart():
+    recipe = Recipe(epochs=1)
+    own = [Dense(f"folder:{path}", recipe, model="nets:small") for path in ("a/pets@64", "b/pets@64", "a/pets@32")]
+    assert own[0].run_id == "pets-64-nets-small-seed0-dense-4378f87f"
+    assert own[0].label == "pets-64, seed 0, dense"
+    assert len({e.run_id for e in own}) == 3 and len({e.origin for e in own}) == 2
+    assert Dense("cifar10", recipe, 0.25, model="resnet18").origin == "cifar10-resnet18x0.25-seed0"
+    named = Dense("mine:pets+flip", recipe)
+    assert Pruned(named, "Block(4, 4)", 0.9, 1).run_id.startswith("mine-pets-flip-vgg16x1-seed0-block-90pct-")
+
+
 def test_no_record_of_the_refitting_rule_stands_for_a_nested_one():
     """What version 0.1 called these hybrids, whose masks were refitted without a word in the record."""
     old = {"noisy-digits-vgg16x0.0625-seed0-hybrid-75pct-2defd085"}
@@ -90,7 +101,15 @@ CHANGES = {
         "precision": "bf16",
         "label_smoothing": 0.1,
     },
-    Dense: {"dataset": "cifar10", "recipe": Recipe(epochs=9), "width": 0.125, "hidden": (8,), "seed": 1, "images": 9},
+    Dense: {
+        "dataset": "cifar10",
+        "recipe": Recipe(epochs=9),
+        "width": 0.125,
+        "hidden": (8,),
+        "seed": 1,
+        "images": 9,
+        "model": "resnet20",
+    },
     Pruned: {
         "dense": replace(DENSE, seed=1),
         "pattern": "Balanced(4) & Block(4, 8)",
@@ -117,7 +136,8 @@ def test_every_field_changes_the_id(kind, name):
     if kind is Recipe:
         before, after = DENSE, replace(DENSE, recipe=replace(DENSE.recipe, **changed))
     elif kind is Dense:
-        before, after = DENSE, replace(DENSE, **changed)
+        before = replace(DENSE, width=1.0)  # narrow networks of other kinds are refused
+        after = replace(before, **changed)
     else:
         before = replace(HYBRID, pattern="Block(4, 4)")  # group lasso takes blocks alone
         after = replace(before, **changed)

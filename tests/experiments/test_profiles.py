@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
+from reprolib import models
 from reprolib.experiments import Dense, check_target, epochs, profiles
 from reprolib.files import paths
-from reprolib.models import vgg16
 from reprolib.patterns import parse
 from reprolib.pruning import make_masks, prunable, uniform_ratios
 from reprolib.training import Recipe
@@ -212,6 +212,69 @@ def test_unknown_method_is_refused_with_the_choice(load):
         load().pruned("blok", "noisy-digits", 0)
 
 
+# --- A profile of the user's own --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes SETTINGS, with changes, into a file of the user's own; returns its path."""
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def write(name="mine.yaml", **changes):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in (SETTINGS | changes).items()))
+        return path
+
+    return write
+
+
+def test_profile_by_path_is_known_by_its_name_from_then_on(own, monkeypatch, tmp_path):
+    path = own(datasets=["folder:pets@64"], model="resnet20", width=1.0, hidden=[], ablations={})
+    with pytest.raises(ValueError, match=r"unknown profile 'mine': known are .* is the path of a \.yaml file"):
+        profiles.load("mine")
+    profile = profiles.load("mine.yaml")
+    assert (profile.name, profile.model, profile.datasets) == ("mine", "resnet20", ["folder:pets@64"])
+    monkeypatch.chdir("/")
+    assert profiles.load("mine") == profiles.load(str(path)) == profile
+    assert profiles.load(f"{path}-dry-run") == profiles.load("mine-dry-run")
+    assert paths.own_profile("mine") == tmp_path / "home" / "results" / "mine" / "profile.yaml"
+    own(seeds=[5], **method(), ablations={})
+    assert profiles.load("mine").seeds == [0, 1], "a change counts where the file is named"
+    assert profiles.load(str(path)).seeds == profiles.load("mine").seeds == [5]
+
+
+def test_path_of_a_profile_of_the_project_means_that_one():
+    assert profiles.load(str(paths.PROFILES / "laptop.yaml")) == profiles.load("laptop")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("laptop.yaml", "results/laptop belongs to the project: give your profile another name"),
+        ("sweeps.yaml", "results/sweeps belongs to the project"),
+        ("{mine}.yaml", "call it by letters, digits, _, . and -"),
+        ("mine-dry-run.yaml", "call it by"),
+        ("my mine.yaml", "call it by"),
+    ],
+)
+def test_names_that_results_cannot_have_are_refused(own, name, message):
+    with pytest.raises(ValueError, match=message):
+        profiles.load(str(own(name)))
+    assert not paths.home().exists()
+
+
+def test_wrong_or_missing_profile_of_the_users_own_is_named(own, tmp_path):
+    with pytest.raises(ValueError, match=r"mine\.yaml: unknown data set 'pets'.* your own are folder:PATH"):
+        profiles.load(str(own(datasets=["pets"], ablations={})))
+    with pytest.raises(ValueError, match=r"mine\.yaml: hidden linear layers are for vgg16, not resnet18"):
+        profiles.load(str(own(model="resnet18")))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        profiles.load("nowhere.yaml")
+    assert not paths.own_profile("mine").exists()
+
+
 # --- The profiles that come with the project --------------------------------------------------------------------------
 
 
@@ -227,7 +290,7 @@ def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed
 def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
     profile = profiles.load(name)
     torch.manual_seed(0)
-    layers = prunable(vgg16(10, profile.width, tuple(profile.hidden)))
+    layers = prunable(models.build(profile.model, 10, profile.width, tuple(profile.hidden)))
     shapes = {weight.shape: weight for weight in layers.values()}  # equal shapes keep equally many
     asked = {(e.pattern, e.sparsity) for e in profile.asked("methods") + profile.asked("ablations")}
     for pattern, sparsity in sorted(asked):

@@ -1,13 +1,16 @@
-"""The network has the layers, sizes and costs of VGG-16, counted by hand."""
+"""The networks have the layers, sizes and costs of the papers, counted by hand."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from reprolib.models import describe_layers, layer_flops, mode, vgg16, weights
+from reprolib import models
+from reprolib.models import describe_layers, layer_flops, mode, resnet18, resnet20, vgg16, weights
+from reprolib.models.resnet import Block
 
 
 @pytest.mark.parametrize(
@@ -231,3 +234,144 @@ def test_description_has_a_row_per_layer_that_holds_weights():
         {"layer": "0", "shape": "4×3×3×3", "weights": 108, "FLOPs": 2 * 64 * 108},
         {"layer": "2", "shape": "2×256", "weights": 512, "FLOPs": 2 * 512},
     ]
+
+
+# --- Residual networks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [
+        # First convolution, the stages, the shortcuts; batch norm (2 per channel), classifier.
+        (resnet20, 432 + 13_824 + 50_688 + 202_752 + 2_560 + 2 * (7 * 16 + 7 * 32 + 7 * 64) + 650),
+        (
+            resnet18,
+            1_728 + 147_456 + 516_096 + 2_064_384 + 8_257_536 + 172_032 + 2 * (320 + 640 + 1_280 + 2_560) + 5_130,
+        ),
+    ],
+)
+def test_number_of_parameters_of_a_resnet(build, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(10).parameters()) == parameters
+
+
+def test_layers_of_resnet20():
+    """The first and the last layer stay dense, so order matters: what a block adds stands behind its convolutions."""
+    shapes = [tuple(weight.shape) for weight in weights(resnet20(7)).values()]
+    stage = [(32, 16, 3, 3), (32, 32, 3, 3), (32, 16, 1, 1), *[(32, 32, 3, 3)] * 4]
+    assert shapes[:14] == [(16, 3, 3, 3), *[(16, 16, 3, 3)] * 6, *stage]
+    assert shapes[-1] == (7, 64) and len(shapes) == 20 + 2
+
+
+def test_a_block_adds_what_came_in():
+    block = Block(16, 16).eval()
+    x = torch.randn(2, 16, 5, 5)
+    assert torch.equal(block(x), (block.main(x) + x).relu())
+    nn.init.zeros_(block.main[3].weight)
+    assert torch.equal(block(x), x.relu())
+    wider = Block(16, 32, stride=2).eval()
+    assert wider(x).shape == (2, 32, 3, 3)
+    nn.init.zeros_(wider.main[3].weight)
+    one_by_one = torch.einsum("oc,nchw->nohw", wider.shortcut[0].weight[:, :, 0, 0], x[:, :, ::2, ::2])
+    torch.testing.assert_close(wider(x), (one_by_one / (1 + 1e-5) ** 0.5).relu())
+
+
+def test_flops_of_a_resnet():
+    # resnet20, 32 x 32, multiply-adds: 3x3 convolutions of each stage, the first of a stage from half the channels; the
+    # shortcuts; the classifier.
+    first, stages = 27 * 16 * 32**2, 9 * (6 * 16**2 * 32**2 + 5.5 * 32**2 * 16**2 + 5.5 * 64**2 * 8**2)
+    shortcuts = 16 * 32 * 16**2 + 32 * 64 * 8**2
+    assert sum(layer_flops(resnet20(10)).values()) == 2 * (first + stages + shortcuts + 640)
+
+
+@pytest.mark.parametrize(("name", "size"), [("vgg16", 64), ("resnet18", 40), ("resnet20", 9)])
+def test_networks_take_other_sizes_of_images_and_can_be_traced(name, size):
+    model = models.build(name, 3, width=1 if name == "resnet20" else 0.25, image_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    logits = model(images)
+    assert logits.shape == (2, 3)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), logits)
+
+
+@pytest.mark.parametrize("size", [0, 24, 33])
+def test_vgg16_refuses_images_that_its_pools_do_not_divide(size):
+    with pytest.raises(ValueError, match=f"multiple of 32 pixels, not {size} x {size}: scale them .* or use a ResNet"):
+        vgg16(10, 0.25, image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet34",), "unknown model 'resnet34': known are vgg16, resnet18, resnet20; write module:function"),
+        ((18,), "unknown model 18"),
+        (("resnet18", 0.2), "width 0.2 leaves the first layer of resnet18 fewer than 16 channels, .* at least 0.25"),
+        (("resnet20", 0.9), "at least 1$"),
+        (("resnet20", 1, (8,)), r"hidden linear layers are for vgg16, not resnet20: leave hidden empty, not \[8\]"),
+        (("nets:small", 0.5), "nets:small is a function of your own, which decides its width: leave width 1, not 0.5"),
+    ],
+)
+def test_what_no_network_is_called_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.check(*arguments)
+
+
+def test_names_of_networks():
+    assert [models.label("vgg16", 0.25), models.label("resnet18", 1.0), models.label("my.nets:small", 1.0)] == [
+        "vgg16x0.25",
+        "resnet18x1",
+        "my.nets-small",
+    ]
+    assert [models.title("resnet18", 0.25), models.title("nets:small", 1.0)] == ["ResNet-18 ×0.25", "nets:small"]
+
+
+# --- Networks of the user's own ---------------------------------------------------------------------------------------
+
+NETS = """
+import torch
+from torch import nn
+
+def small(num_classes):
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *pooled, nn.Linear(8, num_classes))
+
+def ten(num_classes):
+    return small(10)
+
+def text(num_classes):
+    return "a network"
+
+def pair(num_classes):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+    return Pair()
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_mine.py").write_text(NETS)
+    (tmp_path / "broken_of_mine.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets_of_mine", raising=False)
+
+
+def test_a_function_of_the_users_own_builds_the_network(nets):
+    model = models.build("nets_of_mine:small", 4, image_size=20)
+    assert model(torch.zeros(3, 3, 20, 20)).shape == (3, 4) and model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nets_of_mine:text", "must return a torch.nn.Module, not 'a network'"),
+        ("nets_of_mine:ten", r"logits of shape \(2, 4\) for 2 images of 32 x 32 pixels: it gives shape \(2, 10\)"),
+        ("nets_of_mine:pair", "it gives a tuple"),
+        ("nets_of_mine:large", "there is no function large in .*nets_of_mine.py"),
+        ("nowhere_to_be_found:small", "there is no module nowhere_to_be_found: put nowhere_to_be_found.py into "),
+        ("broken_of_mine:small", "broken_of_mine cannot be imported: No module named 'no_such_package'"),
+    ],
+)
+def test_a_function_that_builds_no_such_network_is_refused(nets, name, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(name, 4)

@@ -12,6 +12,7 @@ def accuracy_frame(values: dict, dataset="cifar10", dense=90.0) -> pd.DataFrame:
     rows = [
         {
             "dataset": dataset,
+            "model": "vgg16",
             "width": 0.25,
             "pattern": pattern,
             "target_sparsity": target,

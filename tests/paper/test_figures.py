@@ -27,7 +27,8 @@ def close_figures():
 @pytest.fixture
 def accuracy() -> pd.DataFrame:
     rows = [
-        {"dataset": "cifar10", "pattern": "dense", "seed": s, "accuracy_pct": 90.0 + s, "width": 1.0} for s in (0, 1)
+        {"dataset": "cifar10", "pattern": "dense", "seed": s, "accuracy_pct": 90.0 + s, "model": "vgg16", "width": 1.0}
+        for s in (0, 1)
     ]
     for pattern, spec, base in (("hybrid", "Balanced(16) & Block(32, 32)", 88.0), ("block", "Block(32, 32)", 85.0)):
         for target in (0.9, 0.95):
@@ -41,6 +42,7 @@ def accuracy() -> pd.DataFrame:
                     "seed": seed,
                     "accuracy_pct": base + 2 * seed - 10 * (target - 0.9),
                     "accuracy_dense_pct": 90.0,
+                    "model": "vgg16",
                     "width": 1.0,
                     "commit": "abc",
                 }

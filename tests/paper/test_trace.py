@@ -92,6 +92,13 @@ def test_what_is_not_there_gets_one_clear_line(arguments, message, monkeypatch):
     assert stop.value.code.startswith(message) and "\n" not in stop.value.code
 
 
+def test_a_profile_may_be_a_path(monkeypatch, capsys):
+    path = str(paths.PROFILES / "laptop.yaml")
+    monkeypatch.setattr("sys.argv", ["trace", "--profile", path, "--cell", "dense"])
+    trace.main()
+    assert capsys.readouterr().out.startswith("dense\nCIFAR-10: ")
+
+
 def test_a_profile_without_results_says_what_computes_them(tmp_path, monkeypatch):
     monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="make reproduce computes them"):

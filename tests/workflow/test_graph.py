@@ -159,7 +159,8 @@ from pathlib import Path
 from snakemake.cli import main
 
 for folder in map(Path, sys.argv[2:]):
-    (folder / "graph.json").write_text(json.dumps({"profile": folder.name}))
+    config = {"profile": folder.name, "latency": (folder / "latency.csv").exists()}
+    (folder / "graph.json").write_text(json.dumps(config))
     arguments = ["all", "--summary", "--snakefile", sys.argv[1], "--directory", str(folder)]
     print("in", folder.name)
     try:
@@ -176,7 +177,8 @@ def test_graph_of_every_profile_can_be_planned_and_makes_nothing_that_git_tracks
     for folder in folders:
         folder.mkdir(parents=True)
         for table in ("accuracy.csv", "ablations.csv", "latency.csv"):
-            (folder / table).write_text("")
+            if (folder.name, table) != ("resnet", "latency.csv"):  # its networks are not timed
+                (folder / table).write_text("")
     command = [sys.executable, "-c", PLANNING, paths.ROOT / "Snakefile", *folders]
     environment = os.environ | {"REPROLIB_HOME": str(tmp_path)}
     planned = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
@@ -187,6 +189,8 @@ def test_graph_of_every_profile_can_be_planned_and_makes_nothing_that_git_tracks
         if "\t" in line and not line.startswith("output_file"):
             made.append(os.path.normpath(f"results/{profile}/{line.split()[0]}"))
     assert {f"results/{name}/drawn/07" for name in profiles.names()} <= set(made)
+    assert {"results/laptop/drawn/05", "results/laptop/drawn/06", "results/resnet/notebooks/02.ipynb"} <= set(made)
+    assert not {"results/resnet/drawn/05", "results/resnet/drawn/06"} & set(made)
     check = ["git", "-C", paths.ROOT, "check-ignore", "--no-index", "--stdin"]
     ignored = subprocess.run(check, input="\n".join(made), capture_output=True, text=True, check=False).stdout
     assert ignored.splitlines() == made
@@ -282,6 +286,21 @@ def test_budget_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     assert not (drawn / "latency_vs_sparsity.svg").exists() and not (drawn / "roofline.svg").exists()
     claims = pd.read_csv(results / "claims.csv").set_index("claim")
     assert claims.loc[4, "verdict"] == "no data" and "make bench" in claims.loc[4, "remark"]
+
+
+def test_networks_that_are_not_timed_get_all_that_needs_no_latencies(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(graph.experiments, "is_done", lambda *_: True)
+    monkeypatch.setattr(graph, "write_tables", lambda profile: None)
+    monkeypatch.setattr(graph, "_measured", None)
+    monkeypatch.setattr(graph, "_epochs_done", lambda *_: lambda: 0)
+    monkeypatch.setattr(
+        runner, "snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
+    )
+    graph.reproduce(profiles.load("resnet"), 1)
+    assert asked == [(["all"], {"profile": "resnet", "latency": False})]
+    assert "no latencies: only VGG-16 is timed, not resnet18" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])

@@ -1,6 +1,7 @@
 """Every notebook, as a reader runs it: all cells, on the defaults."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -11,14 +12,17 @@ import sys
 import matplotlib
 import matplotlib.pyplot
 import nbformat
+import numpy
 import pandas as pd
 import papermill
 import pytest
 import torch
+from PIL import Image
 
+from reprolib import experiments
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
-from reprolib.workflow import notebooks
+from reprolib.workflow import graph, notebooks
 
 ALL = paths.notebooks()
 
@@ -91,6 +95,75 @@ def test_draws_into_the_folder_that_it_is_given(number, home, tmp_path, monkeypa
         show(paths.notebook(number), folder=str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES[number])
     assert written(home) == before
+
+
+OWN_NETWORK = """
+from torch import nn
+
+def small(num_classes):
+    layers = []
+    for c_in, c_out in ((3, 8), (8, 8), (8, 16)):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+"""
+OWN_PROFILE = """
+purpose: three colours, and a network of three convolutions
+threads: 1
+datasets: [folder:colours, folder:colours@12+flip]
+model: nets_of_mine:small
+width: 1
+hidden: []
+seeds: [0, 1]
+recipe: {epochs: 2, batch_size: 8, lr: 0.05}
+retraining_epochs: 1
+sparsities: [0.9]
+methods:
+  hybrid: {pattern: "Balanced(4) & Block(2, 2)"}
+  block: {pattern: "Block(2, 2)"}
+  balanced: {pattern: Balanced(72)}
+ablations: {}
+"""
+
+
+def test_own_data_and_an_own_network_go_all_the_way(tmp_path, monkeypatch):
+    """A profile by its path, two sizes of images, from the files to tables, figures and claims."""
+    for name, folder in (("REPROLIB_HOME", "home"), ("REPROLIB_DATA", "data")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.syspath_prepend(tmp_path)
+    matplotlib.use("agg")
+    (tmp_path / "nets_of_mine.py").write_text(OWN_NETWORK)
+    (tmp_path / "mine.yaml").write_text(OWN_PROFILE)
+    noise = numpy.random.default_rng(0)
+    for part, colour in itertools.product(("train", "test"), range(3)):
+        place = tmp_path / "data" / "colours" / part / ["red", "green", "blue"][colour]
+        place.mkdir(parents=True)
+        for number in range(8):
+            pixels = noise.integers(0, 100, (16, 16, 3), dtype=numpy.uint8)
+            pixels[..., colour] += 150
+            Image.fromarray(pixels).save(place / f"{number}.png")
+
+    profile = profiles.load(str(tmp_path / "mine.yaml"))
+    monkeypatch.chdir("/")
+    for experiment in profile.plan():
+        experiments.run(experiment, paths.runs(profile.name))
+    graph.write_tables(profile)
+    one = {"profile": profile.name, "dataset": profile.datasets[1], "seed": 1}
+    with torch.random.fork_rng():
+        show(paths.notebook("01"), **one)
+        show(paths.notebook("02"), **one, **profile.settings("hybrid"))
+    for number in ("03", "07"):
+        show(paths.notebook(number), profile=profile.name, folder=str(tmp_path / "drawn"))
+
+    accuracy = records.read_csv(paths.accuracy_csv(profile.name))
+    assert set(accuracy["dataset"]) == set(profile.datasets) and set(accuracy["model"]) == {"nets_of_mine:small"}
+    # 3x3 convolutions with 3, 8 and 8 channels in, 8, 8 and 16 out, on every pixel; the classifier; 2 per multiply-add.
+    flops = accuracy[accuracy["pattern"] == "dense"].groupby("dataset")["flops"].first()
+    assert flops.to_list() == [2 * (9 * (24 + 64 + 128) * size**2 + 48) for size in (16, 12)]
+    assert "colours-12-flip, hybrid: Balanced(4) & Block(2, 2)" in (tmp_path / "drawn" / "accuracy.md").read_text()
+    assert "colours, nets_of_mine:small: mean ± SD" in (tmp_path / "drawn" / "accuracy_vs_sparsity.svg").read_text()
+    decided = records.read_csv(tmp_path / "drawn" / "claims.csv").set_index(["claim", "dataset"])
+    assert decided.loc[(1, "folder:colours"), "seeds"] == 2
+    assert decided.loc[(4, "cpu"), "remark"] == "make bench times VGG-16 only"
 
 
 @pytest.mark.parametrize("trained", [4, 8])

@@ -1,4 +1,4 @@
-"""VGG-16 with batch normalisation for 32 x 32 images."""
+"""What the layers of any network hold and cost: weights that patterns can prune, FLOPs, modes."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,42 +9,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Configuration D of Simonyan & Zisserman (2015), output channels; "M" is a 2 x 2 max-pool.
-VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
-
 # Layers that hold weights as convolutions and linear layers do, and that patterns can't prune.
 OTHER_LAYERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OTHER_LAYERS += (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 UNCOUNTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)  # torch's counter passes over them
-
-
-def vgg16(num_classes: int, width: float = 1.0, hidden: tuple[int, ...] = ()) -> nn.Sequential:
-    """VGG-16-BN: 13 3x3 convolutions, each with batch norm and ReLU, five max-pools, then the classifier.
-
-    Takes float images ``[N, 3, 32, 32]``, gives logits ``[N, num_classes]``. `width` scales all channels; `hidden`
-    names the sizes of linear layers before the last one (the paper does not say: ``()``, ``(512, 512)`` and
-    ``(4096, 4096)`` are in use). Raises ValueError for a width that leaves a layer without channels.
-    """
-    if not width * 64 >= 1:
-        raise ValueError(f"width {width!r} leaves the first layer of VGG-16 without channels: use at least 1/64")
-    layers, channels = [], 3
-    for entry in VGG16:
-        if entry == "M":
-            layers.append(nn.MaxPool2d(2))
-            continue
-        out = round(entry * width)
-        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-        channels = out
-    layers.append(nn.Flatten())
-    for size in hidden:
-        layers += [nn.Linear(channels, size), nn.ReLU(inplace=True)]
-        channels = size
-    layers.append(nn.Linear(channels, num_classes))
-    model = nn.Sequential(*layers)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -171,9 +139,9 @@ def is_finite(model: nn.Module) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
-def describe_layers(model: nn.Module) -> pd.DataFrame:
+def describe_layers(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> pd.DataFrame:
     """One row per convolution and linear layer: weight shape, count of weights, FLOPs for one image."""
-    named, flops = weights(model), layer_flops(model)
+    named, flops = weights(model), layer_flops(model, image_shape)
     return pd.DataFrame(
         {
             "shape": {name: "×".join(map(str, weight.shape)) for name, weight in named.items()},
