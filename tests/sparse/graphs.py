@@ -16,6 +16,7 @@ from reprolib.sparse.operations import Activation, Concatenation, Convolution, F
 from reprolib.sparse.operations import Operation, Product, Sum
 
 EXACT = 2**24  # whole numbers up to this one are float32
+SIZES = [1, 2, 3, 4, 4, 5, 7, 8, 8, 11]  # of maps; the mean of a power of two is exact
 KINDS = ["convolution"] * 6 + ["activation", "max-pool", "mean", "sum", "product", "concatenation", "concatenation"]
 KINDS += ["flatten", "linear"]
 
@@ -104,13 +105,15 @@ pair = st.tuples(few, few)
 @st.composite
 def cases(draw, most=8, top=3, size=11, channels=(1, 2, 3, 5, 8, 17), outputs=(1, 3, 8, 31, 40), pairs=False):
     """Graphs with at least one layer. Of `pairs`: parts of concatenations, all but the last one, have even channels."""
-    height, width = draw(st.integers(1, size)), draw(st.integers(1, size))
+    height, width = (draw(st.sampled_from([n for n in SIZES if n <= size])) for _ in range(2))
     inputs = [(draw(st.sampled_from(channels)), height, width)]
     for kind in draw(st.lists(st.sampled_from(["same", "small", "rows"]), max_size=2)):
         count = draw(st.sampled_from([inputs[0][0], 4]))
         inputs.append({"same": (count, height, width), "small": (count, 1, 1), "rows": (count,)}[kind])
     drafted = _Drafted(draw, inputs, top)
-    for i, kind in enumerate(["convolution", *draw(st.lists(st.sampled_from(KINDS), max_size=most - 1))]):
+    count = draw(st.integers(1, most))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=count - 1, max_size=count - 1))
+    for i, kind in enumerate(["convolution", *kinds]):
         value = draw(st.integers(max(0, len(drafted.maps) - 4), len(drafted.maps) - 1)) if i else 0
         _STEPS[kind](draw, drafted, value, f"layer {i}", outputs, pairs)
     if not any(isinstance(operation, (Convolution, Linear)) for operation in drafted.operations):
@@ -129,8 +132,13 @@ def _convolution(draw, drafted, value, key, outputs, pairs):
     dilation, stride = draw(pair), draw(pair)
     same = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
     padding = draw(st.sampled_from([same, same, (0, 0), (1, 1), (2, 0)]))
+    keeps = draw(st.booleans())  # the shape of its maps
+    if keeps:
+        kernel, padding = draw(st.sampled_from([((3, 3), (1, 1)), ((1, 1), (0, 0)), ((1, 5), (0, 2))]))
+        stride = dilation = (1, 1)
     groups = draw(st.sampled_from([1, 1, 1, channels]))
     count = draw(st.sampled_from(outputs)) if groups == 1 else channels * draw(st.sampled_from([1, 2]))
+    count = channels if keeps else count
     seed, density = draw(st.integers(0, 99)), draw(st.sampled_from([0.05, 0.3, 1]))
     weight = whole(seed, 2, count, channels // groups, *kernel)
     weight *= torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < density
@@ -146,8 +154,8 @@ def _convolution(draw, drafted, value, key, outputs, pairs):
 
 
 def _linear(draw, drafted, value, key, outputs, pairs):
-    if not drafted.rows(value):
-        return
+    if not drafted.rows(value) and drafted.add(Flatten(value), drafted.parts[value]):
+        value = len(drafted.maps) - 1
     count, features = draw(st.sampled_from(outputs)), drafted.largest[value].shape[1]
     weight = whole(draw(st.integers(0, 99)), 1, count, features)
     fit = [v for v, maps in enumerate(drafted.maps) if maps == (count, 1, 1) and drafted.rows(v)]
@@ -175,8 +183,8 @@ def _mean(draw, drafted, value, *_):
 
 
 def _flatten(draw, drafted, value, key, outputs, pairs):
-    if not drafted.rows(value) and drafted.add(Flatten(value), drafted.parts[value]) and draw(st.booleans()):
-        _linear(draw, drafted, len(drafted.maps) - 1, key, outputs, pairs)
+    if not drafted.rows(value):
+        drafted.add(Flatten(value), drafted.parts[value])
 
 
 def _sum(draw, drafted, value, *_):

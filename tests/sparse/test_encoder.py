@@ -167,7 +167,9 @@ def test_arrays_are_one_instruction_a_row(cases):
 
 @given(st.integers(-(2**31), 2**31 - 1), st.integers(0, encoder.MOST_MASKS))
 def test_scalar_instructions(number, masks):
-    code = encoder.joined(avx512.load_masks(masks), avx2.load_masks(masks), encoder.prefetch_code(number), encoder.LEAVE)
+    code = encoder.joined(
+        avx512.load_masks(masks), avx2.load_masks(masks), encoder.prefetch_code(number), encoder.LEAVE
+    )
     lines = [
         *(f"{'{disp8} ' * (k == 1)}kmovw k{k}, word ptr [r8 + {2 * (k - 1)}]" for k in range(1, masks + 1)),
         f".byte 0x0f, 0x18, 0x15\\0A.long {number}",

@@ -48,7 +48,7 @@ def test_random_graphs_of_pairs_are_exact(case, batch, threads):
 
 
 @isas
-@settings(max_examples=25)
+@settings(max_examples=80)
 @given(st.data())
 def test_random_graphs_of_every_instruction_set_are_exact(isa, data):
     """Planner, generator and driver together; calls of machine code go to the slow x86, so any machine will do."""
