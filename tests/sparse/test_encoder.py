@@ -14,7 +14,7 @@ from reprolib.sparse.cpu import avx2, avx512, avx512bf16, encoder
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM's assembler is that of this machine")
 
 NAMES = {16: "zmm", 8: "ymm", 4: "xmm"}
-BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8", 13: "r13"}
+BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8", 9: "r9", 13: "r13"}
 SETS = {isa.NAME: isa for isa in (avx512, avx2, avx512bf16)}
 
 bases = st.sampled_from(list(BASES))
@@ -66,6 +66,7 @@ def evex(form, r, a, b, base, d, n, k):
         "store": [f"{{evex}} vmovups {SIZES[n]}{at}{masked}, {x}"],
         "broadcast": [f"{{evex}} vbroadcastss {x}, dword ptr {at}"],
         "multiply_add": [f"{{evex}} vfmadd231ps {x}, {y}, dword ptr {at}{{1to{n}}}"],
+        "add": [f"{{evex}} vaddps {x}, {y}, {SIZES[n]}{at}"],
         "maximum": [f"{{evex}} vmaxps {x}, {y}, {z}"],
         "bits_or": [f"vpord {x}, {y}, {z}"],
         "zero": [f"vpxord {x}, {x}, {x}"],
@@ -74,7 +75,7 @@ def evex(form, r, a, b, base, d, n, k):
 
 def bfloat16(form, r, a, b, base, d, n, k):
     """The instructions that only AVX-512 with bfloat16 has."""
-    x, y, at = vector(r, n), vector(a, n), memory(base, d)
+    x, y, z, at = vector(r, n), vector(a, n), vector(b, n), memory(base, d)
     half_x, half_y = vector(r, max(n // 2, 4)), vector(a, max(n // 2, 4))
     left = [f"{{evex}} vpslld {x}, {x}, 16"]
     narrow = [
@@ -85,6 +86,7 @@ def bfloat16(form, r, a, b, base, d, n, k):
     return {
         "multiply_add": [f"vdpbf16ps {x}, {y}, dword ptr {at}{{1to{n}}}"],
         "pair": [*narrow, f"{{evex}} vpslld {y}, {y}, 16", f"vpord {x}, {x}, {y}"],
+        "plus": [f"{{evex}} vaddps {x}, {y}, {z}"],
         "half": [f"{{evex}} vpsrld {x}, {x}, 16"] * (k % 2) + left,
     }[form]
 
@@ -101,6 +103,7 @@ def vex(form, r, a, b, base, d, n, k):
         else [f"{{vex3}} vmovups {SIZES[n]}{at}, {x}"],
         "broadcast": [f"vbroadcastss {x}, dword ptr {at}"],
         "multiply_add": [f"vbroadcastss {last}, dword ptr {at}", f"vfmadd231ps {x}, {y}, {last}"],
+        "add": [f"{{vex3}} vaddps {x}, {y}, {SIZES[n]}{at}"],
         "maximum": [f"{{vex3}} vmaxps {x}, {y}, {z}"],
         "bits_or": [f"{{vex3}} vorps {x}, {y}, {z}"],
         "zero": [f"{{vex3}} vxorps {x}, {x}, {x}"],
@@ -113,6 +116,8 @@ def ours(isa, form, r, a, b, base, d, n, k):
         "store": (r, base, d, n, k),
         "broadcast": (r, base, d, n),
         "multiply_add": (r, a, base, d, n),
+        "add": (r, a, base, d, n),
+        "plus": (r, a, b, n),
         "maximum": (r, a, b, n),
         "bits_or": (r, a, b, n),
         "zero": (r, n),
@@ -122,10 +127,8 @@ def ours(isa, form, r, a, b, base, d, n, k):
     return getattr(isa, form)(*arguments[form])
 
 
-FORMS = dict.fromkeys(
-    (avx512.NAME, avx2.NAME), ("load", "store", "broadcast", "multiply_add", "maximum", "bits_or", "zero")
-)
-FORMS[avx512bf16.NAME] = ("multiply_add", "pair", "half")
+COMMON = ("load", "store", "broadcast", "multiply_add", "add", "maximum", "bits_or", "zero")
+FORMS = {avx512.NAME: COMMON, avx2.NAME: COMMON, avx512bf16.NAME: ("multiply_add", "pair", "half", "plus")}
 NOTATIONS = {avx512.NAME: evex, avx2.NAME: vex, avx512bf16.NAME: bfloat16}
 
 
@@ -139,7 +142,7 @@ def test_bytes_are_those_of_llvm(name, form, data):
     isa, notation = SETS[name], NOTATIONS[name]
     register = st.integers(0, isa.REGISTERS - 1)
     lanes = st.sampled_from([lanes for lanes in NAMES if lanes <= isa.LANES])
-    drawn = st.tuples(register, register, register, bases, distances, lanes, st.integers(0, 3))
+    drawn = st.tuples(register, register, register, bases, distances, lanes, st.integers(0, encoder.MOST_MASKS))
     cases = data.draw(st.lists(drawn, min_size=1, max_size=20))
     theirs = [line for case in cases for line in notation(form, *case)]
     assert encoder.joined(*(ours(isa, form, *case) for case in cases)) == assemble(theirs), theirs
@@ -162,11 +165,13 @@ def test_arrays_are_one_instruction_a_row(cases):
     assert code.tobytes() == assemble(lines)
 
 
-@given(st.integers(-(2**31), 2**31 - 1))
-def test_scalar_instructions(number):
-    code = encoder.joined(avx512.load_masks(), encoder.prefetch_code(number), encoder.LEAVE)
+@given(st.integers(-(2**31), 2**31 - 1), st.integers(0, encoder.MOST_MASKS))
+def test_scalar_instructions(number, masks):
+    code = encoder.joined(
+        avx512.load_masks(masks), avx2.load_masks(masks), encoder.prefetch_code(number), encoder.LEAVE
+    )
     lines = [
-        *(f"{'{disp8} ' * (k == 1)}kmovw k{k}, word ptr [r8 + {2 * (k - 1)}]" for k in (1, 2, 3)),
+        *(f"{'{disp8} ' * (k == 1)}kmovw k{k}, word ptr [r8 + {2 * (k - 1)}]" for k in range(1, masks + 1)),
         f".byte 0x0f, 0x18, 0x15\\0A.long {number}",
         "vzeroupper",
         "ret",
@@ -186,6 +191,7 @@ WRONG = {
     "extended base": lambda isa: isa.load(0, 12, 0),
     "mask": lambda isa: isa.store(0, encoder.RCX, 0, mask=8),
     "third": lambda isa: isa.maximum(0, 0, isa.REGISTERS),
+    "addend": lambda isa: isa.add(0, isa.REGISTERS, encoder.R9, 0),
     "amount": lambda isa: encoder.add(encoder.RSI, 2**31),
 }
 
@@ -197,14 +203,25 @@ def test_what_does_not_fit_is_refused(name, wrong):
         WRONG[wrong](SETS[name])
 
 
+def test_more_masks_than_registers_are_refused():
+    with pytest.raises(ValueError, match="mask register 8 does not fit: 0 to 7"):
+        avx512.load_masks(8)
+
+
+@pytest.mark.parametrize("count", range(1, encoder.MOST_MASKS + 1))
 @pytest.mark.parametrize("name", SETS)
-def test_masks_are_in_the_tables_as_code_reads_them(name):
+def test_masks_are_in_the_tables_as_code_reads_them(name, count):
     isa = SETS[name]
-    lanes = np.random.default_rng(0).random((5, 3, isa.LANES)) < 0.5
+    lanes = np.random.default_rng(0).random((5, count, isa.LANES)) < 0.5
     table = isa.mask_table(lanes)
-    assert table.shape == (5, isa.MASK_BYTES) and table.dtype == np.uint8
-    if name == "AVX2":
+    assert len(table) == 5 and table.dtype == np.uint8 and table.shape[1] % 4 == 0
+    if isa is avx2:
         assert np.array_equal(table.view(np.uint32).reshape(lanes.shape), np.where(lanes, 2**32 - 1, 0))
     else:
-        bits = table.view("<u2")[:, :3, None] >> np.arange(16) & 1
+        bits = table.view("<u2")[:, :count, None] >> np.arange(16) & 1
         assert np.array_equal(bits.astype(bool), lanes)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_layers_without_masks_have_no_table(name):
+    assert SETS[name].mask_table(np.zeros((0, 1, SETS[name].LANES), bool)).size == 0

@@ -8,9 +8,7 @@ import torch
 
 AND, OR, XOR = np.bitwise_and, np.bitwise_or, np.bitwise_xor
 BITS = {(1, 0, 0x54): AND, (1, 0, 0x56): OR, (1, 1, 0xEB): OR, (1, 0, 0x57): XOR, (1, 1, 0xEF): XOR}
-BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8"}
-
-
+BASES = {2: "rdx", 1: "rcx", 6: "rsi", 7: "rdi", 8: "r8", 9: "r9"}
 SHIFTS = {6: np.left_shift, 2: np.right_shift}
 
 
@@ -39,7 +37,7 @@ class Processor:
         self.masks = np.ones((8, 16), bool)
 
     def call(self, code, **addresses):
-        """Run code from its first byte to its return; `addresses` are rdi, rsi, rdx, rcx, r8."""
+        """Run code from its first byte to its return; `addresses` are rdi, rsi, rdx, rcx, r8, r9."""
         self.addresses, at = addresses, 0
         while at is not None:
             at = self._step(code, at)
@@ -113,6 +111,8 @@ class Processor:
             return
         if operation == (2, 1, 0xB8):
             result = (a.astype(np.float64) * third + old).astype(np.float32)
+        elif operation == (1, 0, 0x58):
+            result = a + third
         elif operation == (1, 0, 0x5F):
             result = np.where(a > third, a, third)
         elif operation == (2, 2, 0x52):  # vdpbf16ps: the upper product first
