@@ -43,6 +43,7 @@ from reprolib.patterns import Block, Pattern
 torch.manual_seed(0)
 model, images, conv = models.vgg16(10, width=0.125), torch.randn(2, 3, 32, 32), torch.nn.Conv2d(64, 64, 3)
 loader, epochs = [(images, torch.tensor([3, 7]))], 3
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 weights = pruning.prunable(model)
 pruning.apply_masks(weights, pruning.make_masks(weights, Block(4, 4), pruning.uniform_ratios(weights, 0.75)))
 model.eval()
