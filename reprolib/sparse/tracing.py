@@ -171,7 +171,7 @@ class _Tracer(fx.Tracer):
         raise error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.opaque:
+        if module_qualified_name in self.opaque or isinstance(m, torch.jit.ScriptModule):
             return True
         return super().is_leaf_module(m, module_qualified_name) and "forward" not in vars(m)
 
@@ -235,8 +235,7 @@ class _Value(fx.Proxy):
     @property
     def __class__(self) -> type:
         caller = sys._getframe(1)
-        module = caller.f_globals.get("__name__", "")
-        if (module.partition(".")[0] == "torch" and caller.f_code.co_name != "is_tensor") or module == __name__:
+        if not _asks_for_types(caller):
             return type(self)
         self.tracer.refuse("it asks for the type of a value")
 
@@ -274,6 +273,16 @@ def _in_place(name: str) -> Any:
 
 for _name in IN_PLACE_OPERATORS:  # without these, Python takes `+` for `+=`, and nobody learns that a value changes
     setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
+def _asks_for_types(frame: Any) -> bool:
+    """Whether the code that looks at the class of a value may go another way for it; torch and its C code do not."""
+    code = frame.f_code
+    module = frame.f_globals.get("__name__", "")
+    if module == __name__ or module.partition(".")[0] == "torch":
+        return code.co_name == "is_tensor"
+    names = {*code.co_names, *code.co_freevars}
+    return bool(names & {"isinstance", "__class__"}) or dis.opmap["MATCH_CLASS"] in code.co_code[::2]
 
 
 def _is_assertion(frame: Any) -> bool:
