@@ -185,7 +185,7 @@ def graphs(draw):
     return Graph((True, True), tuple(operations), tuple(outputs))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(graphs())
 def test_fused_means_the_same(graph):
     held = {f"w{size}/{groups}": weights(size, groups)["w"] for size in (4, 8) for groups in (1, 2)}

@@ -64,12 +64,14 @@ def traced(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
     scratch = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     opaque = {name: HOOKS for name, module in model.named_modules() if has_hooks(module)}
     before = _state(tensors)
-    while (failure := _traced(scratch, opaque)[1]) is not None:
+    while True:
+        graph, failure, constants = _traced(scratch, opaque)
+        if failure is None:
+            break
         name, reason = failure
         if not name:
             raise Untraceable(reason)
         opaque[name] = f"it can't be traced: {reason}"
-    graph, _, constants = _traced(scratch, opaque)
     again, failure, others = _traced(scratch, opaque)
     if _state(tensors) != before:
         _restore(before)
