@@ -11,6 +11,7 @@ import dis
 import operator
 import random
 import sys
+from collections import OrderedDict
 from typing import Any, NoReturn
 
 import numpy as np
@@ -202,7 +203,9 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, target, args, kwargs, *rest, **options)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, dict) and type(a).__name__ not in ("dict", "OrderedDict", "immutable_dict"):
+        if type(a) is OrderedDict:  # else it would become a dict
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+        if isinstance(a, dict) and type(a).__name__ not in ("dict", "immutable_dict"):
             self.refuse(f"it makes a {type(a).__name__}")
         return super().create_arg(a)
 
