@@ -321,8 +321,16 @@ def test_batch_size_of_an_earlier_value_and_of_another():
 
     model = pruned(Net(forward, a=conv(), b=nn.Linear(100, 3)))
     assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv flatten linear"]
-    model = pruned(Net(lambda net, x: net.b(net.a(x).view(x.size(1), -1)), a=conv(), b=nn.Linear(50, 3)))
-    assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv", "linear"]
+    for other in (lambda x: x.size(-1), lambda x: x.flatten(0, 1).size(0)):
+        rows = other(images(2, 4, 5, 5))
+        model = pruned(
+            Net(
+                lambda net, x, other=other: net.b(net.a(x).view(other(x), -1)),
+                a=conv(),
+                b=nn.Linear(200 // rows, 3),
+            )
+        )
+        assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv", "linear"]
 
 
 @pytest.mark.parametrize("mean", [lambda x: x.mean((2, 3)), lambda x: torch.mean(x, [-2, -1])])
@@ -394,6 +402,8 @@ def test_batch_norm_in_the_words_of_a_function():
 def test_batch_norm_that_is_not_alone_behind_a_layer_is_a_convolution():
     model = between(lambda net, x: net.norm(x) + x, norm=nn.BatchNorm2d(4))
     assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv conv sum conv"]
+    model = pruned(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU(), conv()))
+    assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv relu conv"]
     model = between(lambda net, x: net.norm(F.relu(net.norm(x))), norm=nn.BatchNorm2d(4))
     assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv relu conv conv"]
 

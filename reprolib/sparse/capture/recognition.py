@@ -12,8 +12,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from reprolib.sparse.capture import readers
-from reprolib.sparse.capture.effects import Effects, is_in_place
-from reprolib.sparse.capture.tracing import has_hooks
+from reprolib.sparse.capture.effects import Effects
 from reprolib.sparse.capture.units import Node, Reading, Unit, Unsupported
 
 
@@ -30,23 +29,15 @@ def recognised(graph: fx.Graph, model: nn.Module, effects: Effects) -> Reading:
         unit = _unit(found, node)
         if unit is None:
             continue
-        before = found.units.get(unit.nodes[0]) if unit.nodes else None
-        if before is not None:  # a batch norm became part of it
-            del found.units[before.node]
+        if unit.nodes:  # a batch norm became part of this one
+            del found.units[unit.node]
         found.units[node] = replace(unit, node=node, nodes=(*unit.nodes, node))
         found.kinds[node] = unit.kind
     return found
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module does just what its kind does: it is no subclass, nobody listens, and its forward is its own."""
-    return type(module) is kind and not has_hooks(module) and "forward" not in vars(module)
-
-
 def _unit(found: Reading, node: Node) -> Unit | None:
-    if node in found.effects.held:
-        return None
-    if is_in_place(node, found.modules) and node not in found.effects.values:
+    if node in found.effects.held:  # so is what has hooks, or a forward of its own
         return None
     reader, options = None, {}
     if node.op == "call_function":
@@ -58,7 +49,7 @@ def _unit(found: Reading, node: Node) -> Unit | None:
     elif node.op == "call_module":
         module = found.modules[node.target]
         reader, options_of = readers.MODULES.get(type(module), (None, None))
-        if reader is None or not is_plain(module, type(module)):
+        if reader is None:
             return None
         try:
             options = options_of(module)
