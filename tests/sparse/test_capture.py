@@ -206,6 +206,16 @@ def test_small_layers_join_those_beside_them(zeros, expected):
     assert len(reasons) == 5 - expected[0].count("conv")
 
 
+def test_a_small_layer_that_a_seam_cuts_off_is_no_island():
+    def forward(net, x):
+        return net.b(net.small(x) + torch.tanh(net.a(x)))
+
+    model = pruned(Net(forward, a=conv(), b=conv(), small=conv()))
+    nn.init.ones_(model.small.weight)
+    result, reasons = check(model, images(2, 4, 5, 5))
+    assert outline(result) == ["conv", "conv"] and list(reasons) == ["small"]
+
+
 def test_a_large_layer_without_zeros_is_a_seam(monkeypatch):
     monkeypatch.setattr(capture_islands, "SMALL_WEIGHT", 143)
     model = pruned(nn.Sequential(conv(), nn.ReLU(), conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()))
@@ -231,6 +241,17 @@ def test_what_does_nothing_for_an_island_stays_outside():
     assert outline(check(pruned(model), images(2, 4, 16, 16))[0]) == ["conv relu pool"]
     model = pruned(Net(lambda net, x: torch.cat([net.a(x), F.relu(net.b(x))], 1).mean((2, 3)), a=conv(), b=conv()))
     assert outline(check(model, images(2, 4, 6, 6))[0]) == ["conv", "conv relu"]
+
+
+def test_what_others_read_too_is_no_reason_to_stay():
+    model = pruned(Net(lambda net, x: (lambda y: (y, F.relu(y)))(net.a(x)), a=conv()))
+    assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv"]
+
+
+def test_a_layer_that_reads_a_buffer():
+    model = pruned(Net(lambda net, x: net.a(net.template) + net.a(x), a=conv()))
+    model.register_buffer("template", images(2, 4, 5, 5, seed=1))
+    assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv conv sum"]
 
 
 def test_values_that_torch_reads_are_outputs():
@@ -311,7 +332,9 @@ def test_recognised(expected, part):
 )  # fmt: skip
 def test_flatten_in_other_words(flatten):
     model = pruned(Net(lambda net, x: net.b(flatten(F.relu(net.a(x)))), a=conv(), b=nn.Linear(4 * 25, 3)))
-    assert outline(check(model, images(2, 4, 5, 5))[0]) == ["conv relu flatten linear"]
+    result, _ = check(model, images(2, 4, 5, 5))
+    assert outline(result) == ["conv relu flatten linear"] and len(islands(result)[0].graph.outputs) == 1
+    assert len(result.graph.nodes) == 4  # nobody asks for a size any more
 
 
 def test_batch_size_of_an_earlier_value_and_of_another():

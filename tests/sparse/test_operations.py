@@ -114,6 +114,13 @@ ONE = Convolution(0, "w")
         ),
         ((ONE, Activation(1, "relu"), Activation(2, "relu")), (3,),
          (Convolution(0, "w", activation="relu"), Activation(1, "relu")), (2,)),
+        # What two read is not changed for one of them.
+        (
+            (ONE, Activation(1, "relu"), MaxPool(2, (2, 2), (2, 2))),
+            (3, 2),
+            (Convolution(0, "w", activation="relu"), MaxPool(1, (2, 2), (2, 2))),
+            (2, 1),
+        ),
         # Of two convolutions the later one adds the other.
         (
             (ONE, Convolution(1, "w"), Convolution(0, "w"), Sum(2, 3), Activation(4, "relu")),
@@ -159,7 +166,7 @@ def graphs(draw):
 
     for _ in range(draw(st.integers(1, 10))):
         kind = draw(st.sampled_from(["conv", "conv", "conv", "sum", "act", "act", "pool", "product", "mean", "cat"]))
-        source = pick(lambda size: True)
+        source = len(sizes) - 1 if draw(st.booleans()) else pick(lambda size: True)
         channels, size = sizes[source]
         if kind == "conv":
             groups = draw(st.sampled_from([1, 2]))
