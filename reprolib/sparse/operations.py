@@ -210,7 +210,7 @@ def _together(before: Operation | None, source: int, operation: Operation) -> Op
     if not isinstance(before, (Convolution, Linear)) or getattr(before, "pool", False):
         return None
     match operation:
-        case Sum(a, b) if before.activation is before.addend is None and a != b and max(a, b) == source:
+        case Sum(a, b) if before.activation is before.addend is None and max(a, b) == source:
             return replace(before, addend=min(a, b))  # the other one is there before
         case Activation(_, activation) if before.activation is None:
             return replace(before, activation=activation)

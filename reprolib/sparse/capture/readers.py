@@ -1,214 +1,26 @@
-"""Which nodes of a traced network are operations that `reprolib.sparse.operations` knows, in whatever words they come.
+"""One reader for each function of torch that is an operation here: what a call of it is, if it is one.
 
-Modules count as themselves only where they are of that class exactly, without hooks and without a forward of their own.
+A reader takes what is found so far, the node, and then the arguments of the function by their names there; None says
+that the call is no operation. Parameters of modules come as tensors, those of functions as nodes that name them.
 """
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import nn
 
 from reprolib.sparse import operations
-from reprolib.sparse.effects import IDENTITIES, Effects, is_tensor, written_in_place
-from reprolib.sparse.tracing import has_hooks
-
-Node = fx.Node
+from reprolib.sparse.capture.effects import IDENTITIES, is_tensor
+from reprolib.sparse.capture.units import Kind, Layer, Node, Norm, Reading, Unit, Unsupported
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A batch norm in eval mode: tensors ``[C]``, of which weight and bias may be missing."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight with its bias, and the batch norms behind it. `is_own`: the network has it; else it is made here."""
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    norms: tuple[Norm, ...] = ()
-    is_own: bool = True
-
-    def identity(self) -> tuple:
-        """Equal for equal tensors: a layer that is called twice is kept once."""
-        tensors = [self.weight if self.is_own else None, self.bias]
-        for norm in self.norms:
-            tensors += [norm.mean, norm.variance, norm.weight, norm.bias, norm.eps]
-        return (self.is_own or self.name, *(id(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors))
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the batch norms in them. Zeros stay zero: each output channel is only scaled.
-
-        The type is that of the weight, with norms at least float32; it is calculated in float64, because in half
-        precision a small variance or eps is zero, and the quotient is NaN.
-        """
-        weight = self.weight.detach()
-        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach()
-        if not self.norms:
-            return weight, bias
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        weight, bias = weight.double(), bias.double()
-        for norm in self.norms:
-            scale = (norm.variance.double() + norm.eps).rsqrt()
-            scale = scale if norm.weight is None else scale * norm.weight.detach().double()
-            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-            bias = (bias - norm.mean.double()) * scale
-            bias = bias if norm.bias is None else bias + norm.bias.detach().double()
-        return weight.to(dtype), bias.to(dtype)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is known of a value: maps or rows; of maps their channels, whether each is one number; of rows, if there
-    are two dimensions; and a weight whose type and device it shares."""
-
-    maps: bool
-    channels: int | None = None
-    single: bool = False
-    flat: bool = False
-    like: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Operations that calculate the value of `node` from values of other nodes: their sources are nodes here.
-
-    The second of two reads the first. Without operations the value is that of `source`. `nodes` are all that it stands
-    for; `needs_flat`: it is right only for rows of two dimensions.
-    """
-
-    node: Node
-    kind: Kind
-    operations: tuple[operations.Operation, ...] = ()
-    source: Node | None = None
-    nodes: tuple[Node, ...] = ()
-    layer: Layer | None = None
-    needs_flat: bool = False
-
-    def reads(self) -> tuple[Node, ...]:
-        return operations.sources(self.operations[0]) if self.operations else (self.source,)
-
-
-class Unsupported(Exception):
-    """Why a convolution or linear layer stays in torch."""
-
-
-@dataclass
-class Reading:
-    """What is found so far, going through the nodes in order."""
-
-    modules: Mapping[str, nn.Module]
-    effects: Effects
-    attribute: Callable[[str], Any]
-    names: Mapping[int, str]  # of parameters by their id: the module's, where that is a layer
-    units: dict[Node, Unit] = field(default_factory=dict)
-    kinds: dict[Node, Kind] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def tensor(self, value: Any) -> Tensor | None:
-        """A parameter or buffer that a node names."""
-        if isinstance(value, Node):
-            value = self.attribute(value.target) if value.op == "get_attr" else None
-        return value if isinstance(value, Tensor) else None
-
-    def as_maps(self, value: Any) -> Kind | None:
-        """The kind of a value that an operation for maps reads: if nothing was known of it, this is."""
-        return self._as(value, Kind(maps=True))
-
-    def as_rows(self, value: Any) -> Kind | None:
-        return self._as(value, Kind(maps=False))
-
-    def _as(self, value: Any, kind: Kind) -> Kind | None:
-        if not isinstance(value, Node):
-            return None
-        found = self.kinds.setdefault(value, kind)
-        return found if found.maps == kind.maps else None
-
-
-def recognised(graph: fx.Graph, model: nn.Module, effects: Effects) -> Reading:
-    """Units by the node whose value they give, kinds of values, and why layers could not be taken, by name."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        owner, _, attribute = name.rpartition(".")
-        is_layer = attribute == "weight" and isinstance(model.get_submodule(owner), (nn.Conv2d, nn.Linear))
-        names[id(parameter)] = owner if is_layer else name
-    attribute = lambda target: operator.attrgetter(target)(model)  # noqa: E731
-    found = Reading(dict(model.named_modules(remove_duplicate=False)), effects, attribute, names)
-    for node in graph.nodes:
-        unit = _unit(found, node)
-        if unit is None:
-            continue
-        before = found.units.get(unit.nodes[0]) if unit.nodes else None
-        if before is not None:  # a batch norm became part of it
-            del found.units[before.node]
-        found.units[node] = replace(unit, node=node, nodes=(*unit.nodes, node))
-        found.kinds[node] = unit.kind
-    return found
-
-
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module does just what its kind does: it is no subclass, nobody listens, and its forward is its own."""
-    return type(module) is kind and not has_hooks(module) and "forward" not in vars(module)
-
-
-def _unit(found: Reading, node: Node) -> Unit | None:
-    if node in found.effects.held:
-        return None
-    if written_in_place(node, found.modules) is not None and node not in found.effects.values:
-        return None
-    reader, options = None, {}
-    if node.op == "call_function":
-        reader = FUNCTIONS.get(node.target)
-        if getattr(node.target, "__module__", None) == "torchvision.ops.stochastic_depth":
-            reader = _stochastic_depth
-    elif node.op == "call_method":
-        reader = METHODS.get(node.target)
-    elif node.op == "call_module":
-        module = found.modules[node.target]
-        reader, options_of = MODULES.get(type(module), (None, None))
-        if reader is None or not is_plain(module, type(module)):
-            return None
-        try:
-            options = options_of(module)
-            if reader in (_conv2d, _linear, _batch_norm):
-                options["name"] = node.target
-            if module.training and reader in (_batch_norm, _identity):
-                return None
-        except Unsupported as problem:
-            found.reasons[node.target] = str(problem)
-            return None
-    if reader is None:
-        return None
-    try:
-        arguments = inspect.signature(reader).bind(found, node, *node.args, **node.kwargs, **options)
-    except TypeError:  # an argument that the reader does not know
-        return None
-    try:
-        return reader(*arguments.args, **arguments.kwargs)
-    except Unsupported as problem:
-        weight = found.tensor(arguments.arguments.get("weight"))
-        found.reasons[options.get("name", found.names.get(id(weight), node.name))] = str(problem)
-        return None
-
-
-# --- Readers: each has the signature of a function of torch -----------------------------------------------------------
-
-
-def _conv2d(found, node, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, name=None):
+def conv2d(found, node, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, name=None):
     kept, offset = found.tensor(weight), found.tensor(bias)
     if kept is None or (bias is not None and offset is None) or kept.dim() != 4:
         return None
@@ -232,7 +44,7 @@ def _conv2d(found, node, input, weight, bias=None, stride=1, padding=0, dilation
     return Unit(node, Kind(True, len(kept), single, like=kept), (operation,), layer=layer)
 
 
-def _linear(found, node, input, weight, bias=None, name=None):
+def linear(found, node, input, weight, bias=None, name=None):
     kept, offset = found.tensor(weight), found.tensor(bias)
     if kept is None or (bias is not None and offset is None) or kept.dim() != 2:
         return None
@@ -244,7 +56,7 @@ def _linear(found, node, input, weight, bias=None, name=None):
     return Unit(node, kind, (operations.Linear(input, ""),), layer=layer)
 
 
-def _batch_norm(
+def batch_norm(
     found, node, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
     maps=None, name=None,
 ):  # fmt: skip
@@ -350,29 +162,33 @@ def _reshape(found, node, input, shape):
     return _view(found, node, input, shape)
 
 
-def _identity(found, node, input, p=0.5, training=False, inplace=False):
+def identity(found, node, input, p=0.5, training=False, inplace=False):
     kind = found.kinds.get(input)
     return Unit(node, kind, source=input) if kind and training is False else None
 
 
 def _dropout(found, node, input, p=0.5, training=True, inplace=False):
-    return _identity(found, node, input, p, training, inplace)
+    return identity(found, node, input, p, training, inplace)
 
 
-def _stochastic_depth(found, node, input, p, mode, training=True):
-    return _identity(found, node, input, p, training)
+def stochastic_depth(found, node, input, p, mode, training=True):
+    return identity(found, node, input, p, training)
 
 
 def _add(found, node, input, other, *, alpha=1):
     kind = _common(found, input, other) if alpha == 1 else None
-    if kind is None or found.kinds[input].single != found.kinds[other].single:
+    if (
+        kind is None
+        or found.kinds[input].single != found.kinds[other].single
+        or not _same_channels(found, input, other)
+    ):
         return None
     return Unit(node, kind, (operations.Sum(input, other),))
 
 
 def _multiply(found, node, input, other):
     kind = _common(found, input, other)
-    if kind is None or not kind.maps:
+    if kind is None or not kind.maps or not _same_channels(found, input, other):
         return None
     single = [found.kinds[value].single for value in (input, other)]
     large, small = (other, input) if single == [True, False] else (input, other)
@@ -411,6 +227,11 @@ def _common(found, *values) -> Kind | None:
         any(kind.flat for kind in known),
         next((kind.like for kind in known if kind.like is not None), None),
     )
+
+
+def _same_channels(found: Reading, *values: Node) -> bool:
+    """Whether values may have the same number of channels."""
+    return len({found.kinds[value].channels for value in values} - {None}) <= 1
 
 
 def _is_batch_size(found: Reading, value: Any, of: Node) -> bool:
@@ -462,9 +283,9 @@ def _norm_options(maps: bool) -> Callable[[nn.Module], dict[str, Any]]:
 
 
 FUNCTIONS: dict[Any, Callable[..., Unit | None]] = {
-    torch.conv2d: _conv2d,
-    F.linear: _linear,
-    F.batch_norm: _batch_norm,
+    torch.conv2d: conv2d,
+    F.linear: linear,
+    F.batch_norm: batch_norm,
     F.hardtanh: _hardtanh,
     F.max_pool2d: _max_pool,
     torch.max_pool2d: _max_pool,
@@ -500,10 +321,10 @@ METHODS: dict[str, Callable[..., Unit | None]] = {
     "mul_": _multiply,
 }
 MODULES: dict[type, tuple[Callable[..., Unit | None], Callable[[nn.Module], dict[str, Any]]]] = {
-    nn.Conv2d: (_conv2d, _convolution_options),
-    nn.Linear: (_linear, _options("weight", "bias")),
-    nn.BatchNorm2d: (_batch_norm, _norm_options(maps=True)),
-    nn.BatchNorm1d: (_batch_norm, _norm_options(maps=False)),
+    nn.Conv2d: (conv2d, _convolution_options),
+    nn.Linear: (linear, _options("weight", "bias")),
+    nn.BatchNorm2d: (batch_norm, _norm_options(maps=True)),
+    nn.BatchNorm1d: (batch_norm, _norm_options(maps=False)),
     nn.Hardtanh: (_hardtanh, _options("min_val", "max_val")),
     nn.MaxPool2d: (
         _max_pool,
@@ -515,7 +336,7 @@ MODULES: dict[type, tuple[Callable[..., Unit | None], Callable[[nn.Module], dict
     ),
     nn.AdaptiveAvgPool2d: (_adaptive_average_pool, _options("output_size")),
     nn.Flatten: (_flatten, _options("start_dim", "end_dim")),
-    **{kind: (_identity, _options()) for kind in IDENTITIES},
+    **{kind: (identity, _options()) for kind in IDENTITIES},
 }
 for _name, _functions, _module in (
     ("relu", (F.relu, torch.relu, torch.relu_), nn.ReLU),

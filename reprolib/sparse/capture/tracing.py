@@ -11,6 +11,7 @@ import dis
 import operator
 import random
 import sys
+from collections import OrderedDict
 from typing import Any, NoReturn
 
 import numpy as np
@@ -64,12 +65,14 @@ def traced(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
     scratch = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     opaque = {name: HOOKS for name, module in model.named_modules() if has_hooks(module)}
     before = _state(tensors)
-    while (failure := _traced(scratch, opaque)[1]) is not None:
+    while True:
+        graph, failure, constants = _traced(scratch, opaque)
+        if failure is None:
+            break
         name, reason = failure
         if not name:
             raise Untraceable(reason)
         opaque[name] = f"it can't be traced: {reason}"
-    graph, _, constants = _traced(scratch, opaque)
     again, failure, others = _traced(scratch, opaque)
     if _state(tensors) != before:
         _restore(before)
@@ -171,7 +174,7 @@ class _Tracer(fx.Tracer):
         raise error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.opaque:
+        if module_qualified_name in self.opaque or isinstance(m, torch.jit.ScriptModule):
             return True
         return super().is_leaf_module(m, module_qualified_name) and "forward" not in vars(m)
 
@@ -200,7 +203,9 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, target, args, kwargs, *rest, **options)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, dict) and type(a).__name__ not in ("dict", "OrderedDict", "immutable_dict"):
+        if type(a) is OrderedDict:  # else it would become a dict
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+        if isinstance(a, dict) and type(a).__name__ not in ("dict", "immutable_dict"):
             self.refuse(f"it makes a {type(a).__name__}")
         return super().create_arg(a)
 
@@ -235,8 +240,7 @@ class _Value(fx.Proxy):
     @property
     def __class__(self) -> type:
         caller = sys._getframe(1)
-        module = caller.f_globals.get("__name__", "")
-        if (module.partition(".")[0] == "torch" and caller.f_code.co_name != "is_tensor") or module == __name__:
+        if not _asks_for_types(caller):
             return type(self)
         self.tracer.refuse("it asks for the type of a value")
 
@@ -274,6 +278,16 @@ def _in_place(name: str) -> Any:
 
 for _name in IN_PLACE_OPERATORS:  # without these, Python takes `+` for `+=`, and nobody learns that a value changes
     setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
+def _asks_for_types(frame: Any) -> bool:
+    """Whether the code that looks at the class of a value may go another way for it; torch and its C code do not."""
+    code = frame.f_code
+    module = frame.f_globals.get("__name__", "")
+    if module == __name__ or module.partition(".")[0] == "torch":
+        return code.co_name == "is_tensor"
+    names = {*code.co_names, *code.co_freevars}
+    return bool(names & {"isinstance", "__class__"}) or dis.opmap["MATCH_CLASS"] in code.co_code[::2]
 
 
 def _is_assertion(frame: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from reprolib.sparse.tracing import IN_PLACE_OPERATORS, Untraceable, has_hooks
+from reprolib.sparse.capture.tracing import IN_PLACE_OPERATORS, Untraceable, has_hooks
 
 Modules = Mapping[str, nn.Module]
 OPERATORS = {getattr(operator, name) for name in IN_PLACE_OPERATORS}
@@ -84,7 +84,7 @@ class Effects:
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     values: set[fx.Node] = field(default_factory=set)
     held: set[fx.Node] = field(default_factory=set)
-    ordered: list[fx.Node] = field(default_factory=list)  # modules that may do anything: in the order of their calls
+    ordered: list[fx.Node] = field(default_factory=list)  # what may do anything, or draws: in the order of calls
 
 
 def effects(graph: fx.Graph, modules: Modules) -> Effects:
@@ -128,7 +128,7 @@ def effects(graph: fx.Graph, modules: Modules) -> Effects:
             join(node, node.all_input_nodes)
         if may_write(node, modules):
             found.writers[node] = [] if target is None else [target]
-        if may_do_anything(node, modules):
+        if may_do_anything(node, modules) or draws(node):
             found.ordered.append(node)
     for writer, target in found.writers.items():
         members = [member for value in target or writer.all_input_nodes for member in family[value]]
@@ -156,32 +156,39 @@ def order(found: Effects, position: Mapping[fx.Node, int], moved: set[fx.Node]) 
 # --- What torch does --------------------------------------------------------------------------------------------------
 
 
-def written_in_place(node: fx.Node, modules: Modules) -> fx.Node | None:
-    """The value that an operation changes and gives back (`operator.setitem`: only changes), if it is one of those."""
-    first = next(iter([*node.args, *node.kwargs.values()]), None)
-    if not isinstance(first, fx.Node):
-        return None
+def is_in_place(node: fx.Node, modules: Modules) -> bool:
+    """Whether an operation is one that changes its first argument, and gives it back (`operator.setitem` does not)."""
     if node.op == "call_module":
         module = modules[node.target]
-        writes = not has_hooks(module) and getattr(module, "inplace", False) and not isinstance(module, IDENTITIES)
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        writes = node.target in OPERATORS or node.target is operator.setitem or node.kwargs.get("inplace") is True
-        writes = writes or (is_of_torch(node.target) and name.endswith("_") and not name.endswith("__"))
-    else:
-        writes = node.op == "call_method" and is_in_place_method(node.target)
-    return first if writes else None
+        return not has_hooks(module) and bool(getattr(module, "inplace", False)) and not isinstance(module, IDENTITIES)
+    if node.op == "call_function":
+        named = is_of_torch(node.target) and is_in_place_name(getattr(node.target, "__name__", ""))
+        inplace = node.kwargs.get("inplace") is True
+        return named or inplace or node.target in OPERATORS or node.target is operator.setitem
+    return node.op == "call_method" and is_in_place_name(node.target)
+
+
+def written_in_place(node: fx.Node, modules: Modules) -> fx.Node | None:
+    """The value that an operation in place changes, if it is one value."""
+    first = next(iter([*node.args, *node.kwargs.values()]), None)
+    return first if isinstance(first, fx.Node) and is_in_place(node, modules) else None
 
 
 def may_write(node: fx.Node, modules: Modules) -> bool:
     """Whether an operation may change a tensor that it is given."""
-    if node.op == "call_method":
-        return is_in_place_method(node.target) or not hasattr(Tensor, node.target) or "out" in node.kwargs
-    if node.op == "call_function":
-        return written_in_place(node, modules) is not None or not is_of_torch(node.target) or "out" in node.kwargs
-    if node.op == "call_module":
-        return written_in_place(node, modules) is not None or may_do_anything(node, modules)
-    return False
+    if node.op == "call_method" and not hasattr(Tensor, node.target):
+        return True
+    if node.op == "call_function" and not is_of_torch(node.target):
+        return True
+    return is_in_place(node, modules) or "out" in node.kwargs or may_do_anything(node, modules)
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a function or method draws random numbers."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    words = ("dropout", "rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")
+    drawn = node.op in ("call_function", "call_method") and any(word in name for word in words)
+    return drawn and node.kwargs.get("training") is not False
 
 
 def may_do_anything(node: fx.Node, modules: Modules) -> bool:
@@ -199,12 +206,13 @@ def is_new(node: fx.Node, modules: Modules) -> bool:
     """Whether the result has memory of its own for sure."""
     if node.op == "call_module":
         module = modules[node.target]
-        in_place = written_in_place(node, modules) is not None or isinstance(module, VIEWS)
+        in_place = is_in_place(node, modules) or isinstance(module, VIEWS)
         return not in_place and not may_do_anything(node, modules)
     if node.op == "call_method":
         return node.target in NEW_METHODS
     if node.op == "call_function":
-        return node.target in ARITHMETIC or (node.target in NEW and written_in_place(node, modules) is None)
+        written = is_in_place(node, modules) or "out" in node.kwargs
+        return node.target in ARITHMETIC or (node.target in NEW and not written)
     return node.op == "get_attr"
 
 
@@ -215,7 +223,7 @@ def is_tensor(node: fx.Node, modules: Modules) -> bool:
         several = isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
         return not several and not getattr(module, "return_indices", False) and not may_do_anything(node, modules)
     if node.op == "call_method":
-        return node.target in NEW_METHODS or is_in_place_method(node.target)
+        return node.target in NEW_METHODS or is_in_place_name(node.target)
     if node.op == "call_function":
         arithmetic = node.target in ARITHMETIC or node.target in OPERATORS
         return node.target in NEW or (arithmetic and any(is_tensor(value, modules) for value in node.all_input_nodes))
@@ -229,11 +237,11 @@ def is_metadata(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in METADATA
 
 
-def is_in_place_method(name: str) -> bool:
+def is_in_place_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
 def is_of_torch(function: object) -> bool:
     """Whether a function is known to write nowhere but where its name or ``out`` says."""
     module = getattr(function, "__module__", None) or ""
-    return module.partition(".")[0] in ("torch", "torchvision", "_operator", "builtins", "math")
+    return module.partition(".")[0] in ("torch", "torchvision", "_operator", "builtins", "collections", "math")
