@@ -14,8 +14,9 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from reprolib import models, pruning, training
-from reprolib.experiments import records, storage
+from reprolib.experiments import records
 from reprolib.experiments.definitions import Dense, Pruned
+from reprolib.files import tensors
 from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
 from reprolib.training import data, precision
 
@@ -27,9 +28,9 @@ CHECKPOINT = "checkpoint.safetensors"
 def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) -> dict:
     """The experiment's record, from `folder` if it is there, else computed and written there.
 
-    The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (see `reprolib.storage`); while
-    it trains, and when it was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask for
-    the same experiment compute it once: the second waits. Raises deadline.OutOfTime when `time.time()` passes
+    The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (`reprolib.files.tensors`);
+    while it trains, and when it was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask
+    for the same experiment compute it once: the second waits. Raises deadline.OutOfTime when `time.time()` passes
     `deadline`, ValueError for what can't be computed as asked, and OSError where the folder can't be written.
     """
     path = folder / experiment.run_id / "record.json"
@@ -47,7 +48,7 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
         started = time.perf_counter() - training.position(checkpoint).wall_time_s
         compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
-        storage.write(path.parent / "weights.safetensors", model.state_dict())
+        tensors.write(path.parent / "weights.safetensors", model.state_dict())
         record = {
             "experiment": dataclasses.asdict(experiment),
             "row": {"run_id": experiment.run_id} | row,
@@ -86,7 +87,7 @@ def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
         raise FileNotFoundError(f"no weights {path}: delete {path.parent} and run the experiment again")
     dense = experiment.dense if isinstance(experiment, Pruned) else experiment
     model = _new_model(dense)
-    model.load_state_dict(storage.read(path))
+    model.load_state_dict(tensors.read(path))
     return model.eval()
 
 

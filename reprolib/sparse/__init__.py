@@ -1,11 +1,12 @@
 """Inference that is faster because of its zeros. One door: ``sparse_model = sparsify(model)``.
 
 `capture` traces a network and finds the parts that are `operations` with kernels; `network` runs such a part, in `cpu`,
-`cuda` or `portable`; `formats` describes how a pruned weight can be stored.
+`cuda` or `portable`; `saving` keeps all of it in a file; `formats` describes how a pruned weight can be stored.
 """
 
 from reprolib.sparse.formats import pack
 from reprolib.sparse.network import SparseNetwork
+from reprolib.sparse.saving import load, save
 from reprolib.sparse.sparsify import describe, networks, sparsify
 
-__all__ = ["SparseNetwork", "describe", "networks", "pack", "sparsify"]
+__all__ = ["SparseNetwork", "describe", "load", "networks", "pack", "save", "sparsify"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,7 +88,12 @@ class SparseNetwork(nn.Module):
         self.names = tuple(weights)  # of the layers, as in the network that they come from
         self.layers = nn.ModuleDict({_key(name): KeptWeights(*pair, low) for name, pair in weights.items()})
         self._prepared = _Prepared()
+        self._handle = _handle(self)
         self.eval()
+
+    def __setstate__(self, state: dict) -> None:  # of a copy
+        super().__setstate__(state)
+        self._handle = _handle(self)
 
     def layer(self, name: str) -> KeptWeights:
         return self.layers[_key(name)]
@@ -103,7 +108,7 @@ class SparseNetwork(nn.Module):
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             raise RuntimeError("sparse layers have no gradient: call them under torch.inference_mode()")
         if torch.compiler.is_compiling():
-            return tuple(torch.ops.reprolib.sparse_network(list(inputs), _handle(self)))
+            return tuple(torch.ops.reprolib.sparse_network(list(inputs), self._handle))
         with torch.no_grad():
             return self.run(inputs)
 
@@ -292,24 +297,24 @@ def _key(name: str) -> str:
 
 # --- For torch.compile: one operator that it does not look into -------------------------------------------------------
 
-_networks: weakref.WeakValueDictionary[int, SparseNetwork] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_networks: weakref.WeakValueDictionary[str, SparseNetwork] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
-def _handle(network: SparseNetwork) -> int:
-    """A number by which the operator finds the network."""
-    with _lock:
-        _networks[id(network)] = network
-    return id(network)
+def _handle(network: SparseNetwork) -> str:
+    """What the operator finds a network by: a text, because numbers may become variables."""
+    handle = str(next(_numbers))
+    _networks[handle] = network
+    return handle
 
 
 @torch.library.custom_op("reprolib::sparse_network", mutates_args=())
-def _sparse_network(inputs: list[Tensor], network: int) -> list[Tensor]:
+def _sparse_network(inputs: list[Tensor], network: str) -> list[Tensor]:
     return list(_networks[network].run(inputs))
 
 
 @_sparse_network.register_fake
-def _(inputs: list[Tensor], network: int) -> list[Tensor]:
+def _(inputs: list[Tensor], network: str) -> list[Tensor]:
     found = _networks[network]
     weights = {
         name: tuple(inputs[0].new_empty(shape) for shape in (found.layer(name).shape, found.layer(name).shape[:1]))

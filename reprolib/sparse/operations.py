@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+LARGEST = 1 << 12  # stride, padding, dilation and window of a pool: kernels may multiply them
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -128,6 +129,69 @@ class Graph:
     def numbered(self) -> list[tuple[int, Operation]]:
         """Operations with the number of the value that each gives."""
         return list(enumerate(self.operations, len(self.inputs)))
+
+
+def check(graph: Graph, weights: Weights) -> None:
+    """Raise ValueError for what is no graph with its weights: then kernels may rely on it."""
+    kinds = list(graph.inputs)
+    _must(kinds and all(type(maps) is bool for maps in kinds), "its inputs", graph.inputs)
+    for operation in graph.operations:
+        read = sources(operation)
+        _must(read and all(type(value) is int and 0 <= value < len(kinds) for value in read), "its sources", operation)
+        kinds.append(_check(operation, [kinds[value] for value in read], weights))
+    known = all(type(output) is int and 0 <= output < len(kinds) for output in graph.outputs)
+    _must(graph.outputs and known, "its outputs", graph.outputs)
+
+
+def _check(operation: Operation, given: list[bool], weights: Weights) -> bool:
+    """Whether an operation gives maps, from values that are maps or not."""
+    maps, same = given[0], len(set(given)) == 1
+    match operation:
+        case Convolution(_, key, stride, padding, dilation, groups, _, activation, pool):
+            weight = _check_weight(operation, weights.get(key), 4)
+            _must(maps and same, "it is for maps", operation)
+            _must(_is_pair(stride, 1) and _is_pair(padding, 0) and _is_pair(dilation, 1), "its window", operation)
+            _must(type(groups) is int and 1 <= groups and len(weight) % groups == 0, "its groups", operation)
+            _must((activation is None or activation in ACTIVATIONS) and type(pool) is bool, "its end", operation)
+        case Linear(_, key, _, activation):
+            _check_weight(operation, weights.get(key), 2)
+            _must(not maps and same, "it is for rows", operation)
+            _must(activation is None or activation in ACTIVATIONS, "its end", operation)
+        case MaxPool(_, kernel, stride, padding):
+            _must(maps, "it is for maps", operation)
+            _must(_is_pair(kernel, 1) and _is_pair(stride, 1) and _is_pair(padding, 0), "its window", operation)
+        case Mean():
+            _must(maps, "it is for maps", operation)
+        case Flatten():
+            _must(maps, "it is for maps", operation)
+            return False
+        case Activation(_, activation):
+            _must(activation in ACTIVATIONS, "there is no such activation", operation)
+        case Sum():
+            _must(same, "maps and rows have no sum", operation)
+        case Product() | Concatenation():
+            _must(maps and same, "it is for maps", operation)
+        case _:
+            _must(False, "it is no operation", operation)
+    return maps
+
+
+def _check_weight(operation: Convolution | Linear, pair: tuple[Tensor, Tensor] | None, dimensions: int) -> Tensor:
+    _must(pair is not None, "it has no weight", operation)
+    weight, bias = pair
+    _must(weight.dim() == dimensions and weight.numel() > 0, f"its weight is {tuple(weight.shape)}", operation)
+    _must(bias.shape == weight.shape[:1], f"its bias is {tuple(bias.shape)}", operation)
+    _must(weight.is_floating_point() and bias.is_floating_point(), f"its weight is {weight.dtype}", operation)
+    return weight
+
+
+def _is_pair(value: object, least: int) -> bool:
+    return type(value) is tuple and len(value) == 2 and all(type(v) is int and least <= v <= LARGEST for v in value)
+
+
+def _must(holds: object, what: str, where: object) -> None:
+    if not holds:
+        raise ValueError(f"this is no graph of operations: {what} ({where})")
 
 
 def sources(operation: Operation) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def sparsify(
     if device is not None or dtype == torch.bfloat16:
         backend_of(torch.device(device or "cpu"), dtype)
     sparse, reasons = capture(model, partial(SparseNetwork, dtype=dtype), dense)
-    setattr(sparse, REASONS, reasons)
+    setattr(holder(sparse), REASONS, reasons)
     sparse.requires_grad_(False)
     return sparse if device is None else sparse.to(device)
 
@@ -70,7 +70,7 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
                 "dense_bytes": layer.shape.numel() * layer.values.element_size(),
                 "runs_in": _runs_in(network, name),
             }
-    for name, reason in getattr(sparse_model, REASONS, {}).items():
+    for name, reason in getattr(holder(sparse_model), REASONS, {}).items():
         try:
             weight = sparse_model.get_submodule(name).weight
         except AttributeError:  # the network does not call it
@@ -90,6 +90,11 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
 def networks(sparse_model: nn.Module) -> list[SparseNetwork]:
     """The parts of a sparse model that kernels run."""
     return [module for module in sparse_model.modules() if isinstance(module, SparseNetwork)]
+
+
+def holder(sparse_model: nn.Module) -> nn.Module:
+    """The module that has the reasons: the first island, if there is one. Copies of a GraphModule lose attributes."""
+    return next(iter(networks(sparse_model)), sparse_model)
 
 
 def _runs_in(network: SparseNetwork, name: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from reprolib import pruning, training
-from reprolib.experiments import Dense, Pruned, check_target, load_model, records, run, storage
+from reprolib.experiments import Dense, Pruned, check_target, load_model, records, run
+from reprolib.files import tensors
 from reprolib.patterns import Balanced, Block
 from reprolib.training import Recipe, data
 
@@ -41,7 +42,7 @@ def forbid_training(monkeypatch):
 
 def zeros(experiment, folder):
     """Count of zero weights in the stored network, over its convolutions and linear layers."""
-    stored = storage.read(folder / experiment.run_id / "weights.safetensors")
+    stored = tensors.read(folder / experiment.run_id / "weights.safetensors")
     return sum(int((tensor == 0).sum()) for tensor in stored.values() if tensor.dim() in (2, 4))
 
 
@@ -265,7 +266,7 @@ def test_equal_experiments_give_bit_identical_networks(folder, tmp_path):
     torch.manual_seed(99)  # the global generator plays no part
     second = run(HYBRID, tmp_path)
     assert first["curve"] == second["curve"]
-    stored = [storage.read(place / HYBRID.run_id / "weights.safetensors") for place in (folder, tmp_path)]
+    stored = [tensors.read(place / HYBRID.run_id / "weights.safetensors") for place in (folder, tmp_path)]
     assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
 
 
