@@ -74,7 +74,7 @@ class KeptWeights(nn.Module):
 
 
 class SparseNetwork(nn.Module):
-    """Operations that run as one: activations stay in the kernels' layout from the first to the last. For inference only.
+    """Operations that run as one: activations stay in the kernels' layout from first to last. For inference only.
 
     Takes the inputs of `graph` one by one and returns a tuple of its outputs. Where shapes are none of the kernels',
     such as those of sums that broadcast, torch calculates, with the zeros.

@@ -151,7 +151,7 @@ def _check(operation: Operation, given: list[bool], weights: Weights) -> bool:
             weight = _check_weight(operation, weights.get(key), 4)
             _must(maps and same, "it is for maps", operation)
             _must(_is_pair(stride, 1) and _is_pair(padding, 0) and _is_pair(dilation, 1), "its window", operation)
-            _must(type(groups) is int and 1 <= groups and len(weight) % groups == 0, "its groups", operation)
+            _must(type(groups) is int and groups >= 1 and len(weight) % groups == 0, "its groups", operation)
             _must((activation is None or activation in ACTIVATIONS) and type(pool) is bool, "its end", operation)
         case Linear(_, key, _, activation):
             _check_weight(operation, weights.get(key), 2)

@@ -24,12 +24,17 @@ from reprolib.sparse.capture.tracing import IN_PLACE_OPERATORS, check_arguments,
 
 REMEDY = "keep it with torch.save(sparse_model, path), which needs its code when it is loaded"
 
-OPERATORS = """
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+OPERATORS = _words("""
     add sub mul truediv floordiv mod pow matmul neg pos abs invert and_ or_ xor lshift rshift eq ne lt le gt ge
     getitem setitem
-""".split()
+""")
 # Of torch and of its tensors, where these have them. None gives memory that nobody has written, or a view beyond it.
-CALCULATIONS = """
+CALCULATIONS = _words("""
     abs acos acosh add addbmm addcdiv addcmul addmm addmv addr all allclose amax amin aminmax angle any argmax argmin
     argsort asin asinh atan atan2 atanh baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor block_diag bmm
     broadcast_tensors broadcast_to cat cdist ceil celu channel_shuffle chunk clamp clamp_max clamp_min clip clone
@@ -48,13 +53,13 @@ CALCULATIONS = """
     sqrt square squeeze stack std std_mean sub subtract sum swapaxes swapdims t take take_along_dim tan tanh
     tensor_split tensordot threshold tile topk trace transpose tril triu true_divide trunc unbind unflatten unsqueeze
     var var_mean view_as_complex view_as_real vsplit vstack where xlogy zeros_like _assert
-""".split()
-METHODS = """
+""")
+METHODS = _words("""
     bfloat16 bool contiguous copy_ cpu cuda dim double element_size expand expand_as fill_ float half index int
     is_floating_point long masked_fill_ new_full new_ones new_zeros repeat reshape_as size stride sum_to_size to
     type_as unfold view view_as zero_
-""".split()
-FUNCTIONAL = """
+""")
+FUNCTIONAL = _words("""
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d affine_grid alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear celu
     cosine_similarity dropout dropout1d dropout2d dropout3d elu embedding feature_alpha_dropout fold gelu glu
@@ -63,9 +68,9 @@ FUNCTIONAL = """
     max_pool2d_with_indices mish normalize one_hot pad pixel_shuffle pixel_unshuffle prelu relu relu6 rms_norm
     scaled_dot_product_attention selu sigmoid silu softmax softmin softplus softshrink softsign tanh tanhshrink
     threshold unfold
-""".split()
+""")
 ATTRIBUTES = ("shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "itemsize", "nbytes")
-MODULES = """
+MODULES = _words("""
     AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
     AlphaDropout AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear CELU ChannelShuffle
     CircularPad1d CircularPad2d CircularPad3d ConstantPad1d ConstantPad2d ConstantPad3d Conv1d Conv2d Conv3d
@@ -76,7 +81,7 @@ MODULES = """
     RReLU ReLU ReLU6 ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d
     ReplicationPad3d SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink
     Threshold Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
-""".split()
+""")
 
 
 def _functions() -> dict[str, Callable]:
@@ -155,7 +160,7 @@ def graph_of(nodes: list[dict[str, Any]], known: set[str]) -> fx.Graph:
                 word(name.lstrip("*"))
                 fits = len(args) <= 1 and not any(isinstance(value, fx.Node) for value in args)
             case "call_function":
-                fits = target is not None and (target is not getattr or len(args) == 2 and args[1] in ATTRIBUTES)
+                fits = target is not None and (target is not getattr or (len(args) == 2 and args[1] in ATTRIBUTES))
             case "call_method":
                 fits = name in METHOD_NAMES and args and isinstance(args[0], fx.Node)
             case "get_attr" | "call_module":
@@ -192,7 +197,7 @@ _OWN = set(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def written_module(module: nn.Module, name: str) -> dict[str, Any]:
-    """Kind and arguments of a module of torch. Raises ValueError, with the remedy, for what they would not make again."""
+    """Kind and arguments of a module of torch. Raises ValueError, with the remedy, if they would not make it again."""
     kind = type(module).__name__
     try:
         if kind not in MODULES or type(module) is not getattr(nn, kind):

@@ -27,12 +27,12 @@ def sparsify(
 ) -> nn.Module:
     """A copy of a pruned network, for inference only, whose pruned layers run in kernels that skip their zeros.
 
-    What the network does is traced (`torch.fx`). Parts for which there are kernels become one `SparseNetwork` each:
-    convolutions and linear layers with batch norm, activations, sums, products and concatenations, pools. The rest runs
-    in torch as before: layers with hooks or a `forward` of their own, and large layers without zeros; `dense` takes these
-    too, to see what fusion alone gives. A network that can't be traced stays as it is. `describe` has the reasons. The
-    outputs are those of `model` up to rounding; on a GPU the kernels calculate in fp16 with fp32 sums. What else its
-    Python code does, such as to count calls, is not repeated.
+    What the network does is traced (`torch.fx`). Parts that have kernels for all they do become one `SparseNetwork`
+    each: convolutions and linear layers with batch norm, activations, sums, products and concatenations, pools. The
+    rest runs in torch as before: layers with hooks or a `forward` of their own, and large layers without zeros; `dense`
+    takes these too, to see what fusion alone gives. A network that can't be traced stays as it is. `describe` has the
+    reasons. The outputs are those of `model` up to rounding; on a GPU the kernels calculate in fp16 with fp32 sums.
+    What else its Python code does, such as to count calls, is not repeated.
 
     `device` moves the copy; by default it stays where the model is. With the `dtype` bfloat16, weights and activations
     of sparse parts are rounded to it (8 bits of a fraction), and sums stay float32: half the instructions where kept
