@@ -12,8 +12,19 @@ from x86 import Everything, Processor
 
 from reprolib.sparse import cpu, operations
 from reprolib.sparse.cpu import network
-from reprolib.sparse.operations import Activation, Concatenation, Convolution, Flatten, Graph, Linear, MaxPool, Mean
-from reprolib.sparse.operations import Operation, Product, Sum
+from reprolib.sparse.operations import (
+    Activation,
+    Concatenation,
+    Convolution,
+    Flatten,
+    Graph,
+    Linear,
+    MaxPool,
+    Mean,
+    Operation,
+    Product,
+    Sum,
+)
 
 EXACT = 2**24  # whole numbers up to this one are float32
 SIZES = [1, 2, 3, 4, 4, 5, 7, 8, 8, 11]  # of maps; the mean of a power of two is exact

