@@ -6,6 +6,6 @@
 
 from reprolib.sparse.formats import pack
 from reprolib.sparse.network import SparseNetwork
-from reprolib.sparse.sparsify import describe, sparsify
+from reprolib.sparse.sparsify import describe, networks, sparsify
 
-__all__ = ["SparseNetwork", "describe", "pack", "sparsify"]
+__all__ = ["SparseNetwork", "describe", "networks", "pack", "sparsify"]

@@ -77,8 +77,10 @@ def _reason(
         return _dense_reason(layer.weight)
     if name in called:
         return f"{type(layer).__name__} is not supported, or is called with something else than maps or rows"
-    if any(node.op == "get_attr" and node.target.startswith(f"{name}.") for node in graph.nodes):
-        return f"what {type(layer).__name__} does is not supported"
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith(f"{name}.") and node.users:
+            user = next(iter(node.users)).target
+            return f"its {node.target.rpartition('.')[2]} is read by {getattr(user, '__name__', user)}"
     return "the network does not call it"
 
 
@@ -173,6 +175,9 @@ def _levels(graph: fx.Graph, inside: Units, found: Effects) -> dict[Node, int]:
     holder = {node: unit.node for unit in inside.values() for node in unit.nodes}
     position = {node: number for number, node in enumerate(graph.nodes)}
     needs = {node: set(node.all_input_nodes) for node in graph.nodes}
+    for unit in inside.values():  # of weights and shapes that its code asks for, an operation needs none
+        for node in unit.nodes:
+            needs[node] &= {*unit.reads(), *unit.nodes}
     for first, second in order(found, position, holder.keys()):
         needs[second].add(first)
     levels: dict[Node, int] = {}

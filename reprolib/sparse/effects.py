@@ -236,4 +236,4 @@ def is_in_place_method(name: str) -> bool:
 def is_of_torch(function: object) -> bool:
     """Whether a function is known to write nowhere but where its name or ``out`` says."""
     module = getattr(function, "__module__", None) or ""
-    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math")
+    return module.partition(".")[0] in ("torch", "torchvision", "_operator", "builtins", "math")

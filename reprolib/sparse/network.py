@@ -85,17 +85,13 @@ class SparseNetwork(nn.Module):
         self.graph = operations.fused(graph)
         self.dtype = dtype  # of what is multiplied; sums are float32 always
         low = dtype if dtype == torch.bfloat16 else None
+        self.names = tuple(weights)  # of the layers, as in the network that they come from
         self.layers = nn.ModuleDict({_key(name): KeptWeights(*pair, low) for name, pair in weights.items()})
         self._prepared = _Prepared()
         self.eval()
 
     def layer(self, name: str) -> KeptWeights:
         return self.layers[_key(name)]
-
-    @property
-    def names(self) -> list[str]:
-        """Of the layers, as in the network that they come from."""
-        return [_name(key) for key in self.layers]
 
     def train(self, mode: bool = True) -> SparseNetwork:
         if mode:
@@ -149,7 +145,7 @@ class SparseNetwork(nn.Module):
             return lambda: tuple(part.to(like.device, like.dtype) for part in (layer.weight(), layer.bias))
 
         about = "dense", like.device, like.dtype
-        return {_name(key): layer.once(about, pair(layer)) for key, layer in self.layers.items()}
+        return {name: self.layer(name).once(about, pair(self.layer(name))) for name in self.names}
 
     def _whole(self, batches: list[Tensor]) -> list[Tensor]:
         """All in one call of the engine that makes code for the weights."""
@@ -168,7 +164,7 @@ class SparseNetwork(nn.Module):
 
     def arrays(self) -> dict:
         """Weights and biases with their zeros, as float32 arrays, by layer."""
-        pairs = {_name(key): (layer.weight(), layer.bias) for key, layer in self.layers.items()}
+        pairs = {name: (self.layer(name).weight(), self.layer(name).bias) for name in self.names}
         return {name: tuple(part.float().contiguous().numpy() for part in pair) for name, pair in pairs.items()}
 
     # --- Kernels for one layer at a time ------------------------------------------------------------------------------
@@ -195,7 +191,7 @@ class SparseNetwork(nn.Module):
                 if x is None:
                     maps = values[source]
                     x = backend.to_layout(maps if maps.dim() == 4 else maps[:, :, None, None], self._halo(operation))
-                y = backend.conv(x, self._plan(first, backend, batches[0].device, self._halo(follower)))
+                y = backend.conv(x, self.plan(first, backend, batches[0].device, self._halo(follower)))
                 if follower:
                     packed[value] = y
                     values.append(None)
@@ -219,7 +215,7 @@ class SparseNetwork(nn.Module):
         """Pixels of zeros that kernels expect around the input."""
         return operation.padding[0] if isinstance(operation, Convolution) else 0
 
-    def _plan(self, operation: Convolution | Linear, backend: ModuleType, device: torch.device, halo_out: int):
+    def plan(self, operation: Convolution | Linear, backend: ModuleType, device: torch.device, halo_out: int):
         """What `backend` works from, prepared once."""
         layer = self.layer(operation.weight)
         options = {"relu": operation.activation == "relu", "pool": getattr(operation, "pool", False)}
@@ -290,12 +286,8 @@ def backend_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Modu
 
 
 def _key(name: str) -> str:
-    """Modules may not have dots in their names."""
-    return name.replace(".", "/")
-
-
-def _name(key: str) -> str:
-    return key.replace("/", ".")
+    """Modules have names without dots, and not empty ones."""
+    return name.replace(".", "/") or "/"
 
 
 # --- For torch.compile: one operator that it does not look into -------------------------------------------------------
