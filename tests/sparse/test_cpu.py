@@ -264,7 +264,7 @@ def test_code_goes_with_its_layer():
     layer[0].weight[:, ::2] = 0
     x = torch.randn(1, 64, 4, 4)
     sizes = []
-    for count in (20, 300):  # the first ones fill caches
+    for count in (100, 300):  # the first ones fill caches
         for _ in range(count):
             sparsify(layer)(x)
         gc.collect()
