@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 
 import numba
 from numba.core import event
@@ -21,10 +22,20 @@ def compiled(**options) -> Callable:
             _say("no folder for compiled kernels can be written: they are compiled anew in every process")
             return numba.njit(**options)(function)
         if not numba.config.DISABLE_JIT:
+            dispatcher._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
             dispatcher._cache = _Forgiving(dispatcher._cache)
         return dispatcher
 
     return compile_function
+
+
+@cache
+def _stamp(folder: Path) -> tuple:
+    """Of all files whose code or constants a function of this folder may hold: Numba looks at the function's own only,
+    and would go on with what others once were.
+    """
+    files = sorted({path for near in (folder, Path(__file__).parent) for path in near.rglob("*.py")})
+    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
 
 
 class _Forgiving:

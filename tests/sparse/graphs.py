@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from x86 import Everything, Processor
 
-from reprolib.sparse import operations
+from reprolib.sparse import cpu, operations
 from reprolib.sparse.cpu import network
-from reprolib.sparse.operations import Activation, Concatenation, Convolution, Flatten, Graph, Linear, MaxPool, Mean
-from reprolib.sparse.operations import Operation, Product, Sum
+from reprolib.sparse.operations import (
+    Activation,
+    Concatenation,
+    Convolution,
+    Flatten,
+    Graph,
+    Linear,
+    MaxPool,
+    Mean,
+    Operation,
+    Product,
+    Sum,
+)
 
 EXACT = 2**24  # whole numbers up to this one are float32
 SIZES = [1, 2, 3, 4, 4, 5, 7, 8, 8, 11]  # of maps; the mean of a power of two is exact
@@ -45,6 +56,14 @@ class Case:
     def expected_of_pairs(self, inputs, images, lanes):
         """Where activations between layers are bfloat16; bundles are of so many `images`."""
         return [y.numpy() for y in _interpret_pairs(self.graph, inputs, self.weights, images == lanes)]
+
+    def expected_in_bundles(self, inputs, lanes):
+        """Of pairs, for any number of images: as many as a vector has lanes at a time, then the rest."""
+        batch = len(inputs[0])
+        whole = batch - batch % lanes
+        parts = [(0, whole, lanes)] * (whole > 0) + [(whole, batch, batch - whole)] * (whole < batch)
+        each = [self.expected_of_pairs([x[a:b] for x in inputs], images, lanes) for a, b, images in parts]
+        return [np.concatenate(part) for part in zip(*each, strict=True)]
 
 
 def whole(seed, top, *shape):
@@ -215,6 +234,29 @@ _STEPS = {
 }  # fmt: skip
 
 
+def chain(shape, steps, seed=0, density=0.3, whole=True):
+    """A case of layers one after the other, from ``(C_out, kernel, relu, pool)``; a kernel of 0 is a linear layer."""
+    rng = np.random.default_rng(seed)
+
+    def numbers(*size):
+        return (rng.integers(-3, 4, size) if whole else rng.standard_normal(size)).astype(np.float32)
+
+    (channels, *size), found, weights = shape, [], {}
+    for i, (count, kernel, relu, pool) in enumerate(steps):
+        activation, key = "relu" if relu else None, str(i)
+        if kernel:
+            half = kernel // 2
+            found.append(Convolution(len(found), key, padding=(half, half), activation=activation, pool=pool))
+            weight, size = numbers(count, channels, kernel, kernel), [length // (1 + pool) for length in size]
+        else:
+            found += [Flatten(len(found)), Linear(len(found) + 1, key, activation=activation)]
+            weight, size = numbers(count, channels * size[0] * size[1]), [1, 1]
+        weight *= rng.random(weight.shape) < density
+        weights[key] = torch.from_numpy(weight), torch.from_numpy(numbers(count))
+        channels = count
+    return Case(Graph((True,), tuple(found), (len(found),)), weights, [shape])
+
+
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +304,25 @@ def equal(made, expected) -> bool:
 
 def as_maps(x):
     return x if x.ndim == 4 else x[:, :, None, None]
+
+
+def run(engine: network.Network, inputs, threads: int):
+    """In memory as another call may have left it."""
+    engine._arenas[:] = poisoned()
+    return engine([as_maps(x) for x in inputs], threads)
+
+
+def check(case: Case, batches, threads=(1, 2), top=3):
+    """Every instruction set of this machine gives the reference's whole numbers."""
+    engines = [network.Network(case.graph, case.arrays(), isa) for pairs in (False, True)
+               for isa in cpu.instruction_sets(pairs)]  # fmt: skip
+    for batch in batches:
+        inputs = case.images(batch, top=top)
+        for engine in engines:
+            lanes = engine.isa.LANES
+            expected = case.expected_in_bundles(inputs, lanes) if engine.isa.PAIRS else case.expected(inputs)
+            for count in threads:
+                assert equal(run(engine, inputs, count), expected), (engine.isa.NAME, batch, count)
 
 
 def poisoned() -> list:

@@ -1,10 +1,8 @@
-"""The CPU engine against float64: whole numbers come out exactly, whatever the shapes, zeros, batches and threads."""
+"""The CPU engine: exact for any batch, weights and threads; its memory, its code, its compiler."""
 
 import copy
-import ctypes
 import gc
 import io
-import itertools
 import os
 import pickle
 import subprocess
@@ -17,96 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from graphs import cases, chain, check, equal, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from x86 import Everything, Processor
 
 from reprolib.files import paths
 from reprolib.patterns import parse
-from reprolib.sparse import compilation, cpu, layers, sparsify
-from reprolib.sparse.cpu import avx2, avx512, avx512bf16, encoder, generator, planner
-from reprolib.sparse.cpu import network as memory
+from reprolib.sparse import SparseNetwork, compilation, cpu, describe, sparsify
+from reprolib.sparse.cpu import encoder, generator, network, planner
+from reprolib.sparse.operations import Convolution, Graph
 
 pytestmark = pytest.mark.skipif(
     not cpu.instruction_sets(), reason="neither AVX-512 nor AVX2 here, or code made at run time is forbidden"
 )
-sets = pytest.mark.parametrize("isa", [avx512, avx2], ids=lambda isa: isa.NAME)  # to make code, not to run it
-
-
-def chain(shape, steps, seed, density=0.3, whole=True):
-    """Layers for maps ``[C, H, W]`` from ``(C_out, kernel, relu, pool)``; a kernel of 0 is a linear layer."""
-    rng = np.random.default_rng(seed)
-
-    def numbers(*size):
-        values = rng.integers(-3, 4, size) if whole else rng.standard_normal(size)
-        return values.astype(np.float32)
-
-    channels, height, width = shape
-    found = []
-    for c_out, kernel, relu, pool in steps:
-        weight = numbers(c_out, channels, kernel, kernel) if kernel else numbers(c_out, channels * height * width)
-        weight *= rng.random(weight.shape) < density
-        found.append(cpu.Layer(weight, numbers(c_out), relu, pool, kernel // 2))
-        channels, height, width = (
-            (c_out, *(size // (1 + pool) for size in (height, width))) if kernel else (c_out, 1, 1)
-        )
-    return found
-
-
-def reference(network, x, rounded=False):
-    """In float64; `rounded`: activations between layers are rounded to bfloat16."""
-    y = torch.from_numpy(x).double()
-    for i, layer in enumerate(network):
-        y = y.bfloat16().double() if rounded and i else y
-        weight, bias = (torch.from_numpy(array).double() for array in (layer.weight, layer.bias))
-        if weight.dim() == 2:
-            y = F.linear(y.flatten(1), weight, bias)[:, :, None, None]
-        else:
-            y = F.conv2d(y, weight, bias, padding=layer.padding)
-        y = y.relu() if layer.relu else y
-        y = F.max_pool2d(y, 2) if layer.pool else y
-    return y.numpy()
-
-
-def images(batch, shape, seed=1):
-    return np.random.default_rng(seed).integers(-3, 4, (batch, *shape)).astype(np.float32)
-
-
-def check(network, shape, batches, threads=(1, 2)):
-    """Every instruction set of this machine gives the reference's whole numbers, whatever memory held before."""
-    engines = [cpu.Network(network, isa) for pairs in (False, True) for isa in cpu.instruction_sets(pairs)]
-    for batch in batches:
-        x = images(batch, shape, batch)
-        for engine, count in itertools.product(engines, threads):
-            expected = reference(network, x, engine.isa.PAIRS)
-            engine._arenas[:] = [np.full(arena.shape, np.nan, np.float32) for arena in engine._arenas]
-            assert np.array_equal(engine(x, count), expected), (engine.isa.NAME, batch, count)
-
-
-@pytest.mark.parametrize("batch", [1, 3, "a bundle"])
-@pytest.mark.parametrize("isa", [avx512, avx2, avx512bf16], ids=lambda isa: isa.NAME)
-def test_networks_of_every_instruction_set_are_exact(isa, batch):
-    """Planner, generator and driver together; calls of machine code go to the slow x86, so any machine will do."""
-    steps = [(5, 3, False, True), (33, 3, True, False), (6, 1, True, False), (7, 3, False, True), (3, 0, False, False)]
-    network = chain((3, 4, 6), steps, 0)
-    batch = isa.LANES if batch == "a bundle" else batch
-    program = memory.Program(network, 4, 6, batch, isa)
-    stages, groups, chunks, *rest = program._tables
-    form = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)
-
-    def emulated(start, size):
-        code = Everything()[int(start) : int(start + size)].copy()
-        names = ("rdi", "rsi", "rdx", "rcx", "r8")
-        return form(lambda *at: Processor(Everything(), isa.REGISTERS).call(code, **dict(zip(names, at, strict=True))))
-
-    callbacks = [emulated(start, size) for start, _, size in chunks]
-    chunks[:, 0] = [ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks]
-    program._tables = stages, groups, chunks, *rest
-    x = images(batch, (3, 4, 6))
-    assert np.array_equal(program.run(x, 1, []), reference(network, x, isa.PAIRS))
-
 
 BATCHES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
 
@@ -120,7 +42,7 @@ def test_every_batch_is_exact(batch):
         (70, 3, True, True),
         (9, 0, False, False),
     ]
-    check(chain((3, 9, 10), steps, 0), (3, 9, 10), [batch], threads=(1, 2, 3))
+    check(chain((3, 9, 10), steps), [batch], threads=(1, 2, 3))
 
 
 @st.composite
@@ -143,16 +65,18 @@ def networks(draw):
 @example(((5, 40, 3), [(32, 3, True, False), (1, 1, False, False)], 0.3), 5, 0)
 def test_networks_are_exact(case, batch, seed):
     shape, steps, density = case
-    check(chain(shape, steps, seed, density), shape, [batch])
+    check(chain(shape, steps, seed, density), [batch])
 
 
 @pytest.mark.parametrize("spec", ["Unstructured()", "Balanced(16)", "Block(32, 32)", "Vector(32)", "NM(2, 4)",
                                   "Balanced(16) & Block(32, 32)", "Vector(4) & Block(8, 8)"])  # fmt: skip
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
 def test_masks_of_all_patterns_are_exact(spec, sparsity):
-    [layer] = chain((64, 4, 4), [(96, 3, True, True)], 0, density=1)
-    mask = parse(spec).mask(torch.randn(layer.weight.shape), sparsity).numpy()
-    check([replace(layer, weight=layer.weight * mask)], (64, 4, 4), [1, 5, 16, 19])
+    case = chain((64, 4, 4), [(96, 3, True, True)], density=1)
+    weight, bias = case.weights["0"]
+    mask = parse(spec).mask(torch.randn(weight.shape), sparsity)
+    case.weights["0"] = weight * mask, bias
+    check(case, [1, 5, 16, 19])
 
 
 EDITS = {
@@ -168,40 +92,92 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_odd_weights_are_exact(edit):
-    [layer] = chain((20, 5, 6), [(70, 3, True, False)], 0)
-    weight = EDITS[edit](layer.weight).astype(np.float32)
-    check([replace(layer, weight=weight)], (20, 5, 6), [1, 3, 16, 18])
+    case = chain((20, 5, 6), [(70, 3, True, False)])
+    weight, bias = case.weights["0"]
+    case.weights["0"] = torch.from_numpy(EDITS[edit](weight.numpy()).astype(np.float32)), bias
+    check(case, [1, 3, 16, 18])
+
+
+def engines(case):
+    return [cpu.Network(case.graph, case.arrays(), isa) for isa in cpu.instruction_sets()]
+
+
+def noise(batch, *shape):
+    return np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
 
 
 def test_rounding_is_that_of_float32():
-    network = chain((64, 8, 8), [(64, 3, True, False)] * 3, 0, whole=False)
-    x = np.random.default_rng(0).standard_normal((19, 64, 8, 8)).astype(np.float32)
-    expected = reference(network, x)
-    for isa in cpu.instruction_sets():
-        assert np.linalg.norm(cpu.Network(network, isa)(x, 2) - expected) < 1e-6 * np.linalg.norm(expected)
-
-
-def test_more_images_than_go_through_together():
-    network = chain((3, 2, 2), [(5, 3, True, False)], 0)
-    check(network, (3, 2, 2), [memory.SLICE * 16 + 5])
-
-
-def test_a_layer_alone_takes_activations_in_its_layout():
-    [layer] = chain((20, 6, 6), [(40, 3, True, False)], 0)
-    isa = cpu.instruction_sets()[0]
-    for n, batch in ((3, 3), (isa.LANES, 2 * isa.LANES)):
-        program, x = memory.Program([layer], 6, 6, n, isa), images(batch, (20, 6, 6))
-        again, results = program.alone(x, 2)
-        again()
-        assert np.array_equal(results(), reference([layer], x))
+    case, x = chain((64, 8, 8), [(64, 3, True, False)] * 3, whole=False), noise(19, 64, 8, 8)
+    [expected] = case.expected([x])
+    for engine in engines(case):
+        [made] = engine([x], 2)
+        assert np.linalg.norm(made - expected) < 1e-6 * np.linalg.norm(expected)
 
 
 def test_results_do_not_depend_on_threads():
-    network = chain((64, 8, 8), [(64, 3, True, True), (64, 3, True, False)], 0, whole=False)
-    x = np.random.default_rng(0).standard_normal((35, 64, 8, 8)).astype(np.float32)
-    for isa in cpu.instruction_sets():
-        results = [cpu.Network(network, isa)(x, threads) for threads in (1, 2, 3, 8)]
+    case, x = chain((64, 8, 8), [(64, 3, True, True), (64, 3, True, False)], whole=False), noise(35, 64, 8, 8)
+    for engine in engines(case):
+        results = [engine([x], threads)[0] for threads in (1, 2, 3, 8)]
         assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_more_images_than_go_through_together():
+    check(chain((3, 2, 2), [(5, 3, True, False)]), [network.MOST_IN_FLIGHT * 16 + 5])
+
+
+def test_bundles_that_need_much_memory_go_through_one_by_one(monkeypatch):
+    monkeypatch.setattr(network, "IN_FLIGHT_BYTES", 1)
+    check(chain((3, 2, 2), [(5, 3, True, False)]), [35])
+
+
+def test_large_maps_go_through_alone(monkeypatch):
+    monkeypatch.setattr(network, "SHARED_BYTES", 0)
+    check(chain((3, 4, 5), [(5, 3, True, True)]), [17])
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_layers_alone_take_activations_in_their_layout(activation):
+    """Again and again: nothing that they read is overwritten."""
+    case = chain((20, 6, 6), [(40, 3, True, True), (9, 1, False, False)])
+    first, second = case.graph.operations
+    case.graph = replace(case.graph, operations=(replace(first, activation=activation), second))
+    isa = cpu.instruction_sets()[0]
+    for images, batch in ((3, 3), (isa.LANES, 2 * isa.LANES)):
+        program, inputs = network.Program(case.graph, case.arrays(), case.inputs, images, isa), case.images(batch)
+        again, results = program.alone(inputs, 2)
+        for _ in range(3):
+            again()
+            np.testing.assert_allclose(results()[0], case.expected(inputs)[0], rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(cases(), st.sampled_from([1, 3, 8]))
+def test_layers_alone_are_exact_for_any_graph(case, images):
+    isa = cpu.instruction_sets()[-1]
+    images = isa.LANES if images == 8 else images
+    inputs = [x if x.ndim == 4 else x[:, :, None, None] for x in case.images(images)]
+    program = network.Program(case.graph, case.arrays(), [x.shape[1:] for x in inputs], images, isa)
+    again, results = program.alone(inputs, 2)
+    again(), again()
+    assert equal(results(), case.expected(case.images(images)))
+
+
+def test_threads_that_share_layers_write_no_word_twice():
+    """Many threads on small parts, over and over: where two tasks wrote one word, some run would differ."""
+    steps = [(33, 3, False, True), (31, 3, True, False), (7, 3, False, False)]
+    case = chain((5, 7, 9), steps)
+    first, *rest = case.graph.operations
+    last = len(rest) + 2
+    layers = (replace(first, activation="relu6"), *rest, Convolution(0, "s", (2, 2)), Convolution(last, "t"))
+    case.weights["s"], case.weights["t"] = (
+        (torch.ones(6, 5, 3, 3), torch.zeros(6)), (torch.ones(2, 6, 1, 1), torch.zeros(2)),
+    )  # fmt: skip
+    case.graph = Graph((True,), layers, (last - 1, last + 1, 1))
+    for batch in (1, 3, 11):
+        inputs = case.images(batch)
+        expected = case.expected(inputs)
+        for engine in engines(case):
+            assert all(equal(run(engine, inputs, 5), expected) for _ in range(40))
 
 
 # --- Around the kernels -----------------------------------------------------------------------------------------------
@@ -258,8 +234,13 @@ def test_forked_child(pruned):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def engine_of(sparse):
+    [found] = [module for module in sparse.modules() if isinstance(module, SparseNetwork)]
+    return found.engine()
+
+
 def driver_result(sparse, x):
-    return sparse._network["network"](x.numpy(), 2)
+    return engine_of(sparse)([x.numpy()], 2)[0]
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -279,11 +260,11 @@ def resident_mib():
 
 
 def test_code_goes_with_its_layer():
-    layer = nn.Conv2d(64, 64, 3, padding=1).eval().requires_grad_(False)
-    layer.weight[:, ::2] = 0
+    layer = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval().requires_grad_(False)
+    layer[0].weight[:, ::2] = 0
     x = torch.randn(1, 64, 4, 4)
     sizes = []
-    for count in (20, 300):  # the first ones fill caches
+    for count in (100, 300):  # the first ones fill caches
         for _ in range(count):
             sparsify(layer)(x)
         gc.collect()
@@ -296,16 +277,16 @@ def test_memory_of_large_and_of_many_sizes_is_given_back(pruned):
     sparse(torch.zeros(1, 3, 8, 8))
     for size in range(2, 40):
         sparse(torch.zeros(1, 3, size, 8))
-    network = sparse._network["network"]
-    assert len(network._programs) == memory.PROGRAMS
-    sparse(torch.zeros(16, 3, 256, 256))
-    large = sum(arena.nbytes for arena in network._arenas)
+    engine = engine_of(sparse)
+    assert len(engine._programs) == network.PROGRAMS
+    sparse(torch.zeros(16, 3, 384, 384))
+    large = sum(arena.nbytes for arena in engine._arenas)
     sparse(torch.zeros(1, 3, 8, 8))
-    assert sum(arena.nbytes for arena in network._arenas) < large / 2
+    assert sum(arena.nbytes for arena in engine._arenas) < large / 2
 
 
 def test_pages_are_not_writable_and_executable_at_once():
-    pages = memory.executable(np.frombuffer(encoder.LEAVE, np.uint8))
+    pages = network.executable(np.frombuffer(encoder.LEAVE, np.uint8))
     at = np.frombuffer(pages, np.uint8).ctypes.data
     lines = Path("/proc/self/maps").read_text().splitlines()
     rights = {line.split()[1] for line in lines if line.startswith(f"{at:x}-")}
@@ -324,7 +305,7 @@ def test_system_that_forbids_code_gets_the_portable_kernels(pruned, monkeypatch)
         assert not cpu.instruction_sets()
         sparse = sparsify(pruned)
         assert sparse(x).shape == expected
-        assert set(layers.describe(sparse)["runs_in"]) == {"Numba"}
+        assert set(describe(sparse)["runs_in"]) == {"Numba"}
     finally:
         cpu.instruction_sets.cache_clear()
 
@@ -332,35 +313,13 @@ def test_system_that_forbids_code_gets_the_portable_kernels(pruned, monkeypatch)
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
-@sets
-def test_wrong_plans_are_refused(isa):
-    [layer] = chain((8, 6, 6), [(8, 3, False, False)], 0)
-    for n in (1, isa.LANES):
-        [stage] = planner.stages([layer], 6, 6, n, isa.LANES)
-        for change in (
-            dict(places=stage.places + np.array([10**6, 0])),
-            dict(places=stage.places - np.array([10**5, 0])),
-            dict(places=stage.places + np.array([0, 10**6])),
-            dict(source=replace(stage.source, channels=2)),
-            dict(target=replace(stage.target, channels=4)),
-        ):
-            with pytest.raises(ValueError, match="the plan is wrong"):
-                generator.generate(replace(stage, **change), isa)
-
-
-@sets
-def test_maps_beyond_what_an_instruction_reaches_are_refused(isa):
-    layer = cpu.Layer(np.ones((1, 124, 1, 1), np.float32), np.zeros(1, np.float32), False, False)
-    with pytest.raises(ValueError, match=r"displacement .* does not fit"):
-        generator.generate(planner.stages([layer], 4190, 4190, 1, isa.LANES)[0], isa)
-
-
 def test_layers_that_do_not_fit_are_refused():
-    network = chain((3, 4, 4), [(5, 3, True, True), (6, 3, True, True), (7, 3, True, True)], 0)
-    with pytest.raises(ValueError, match=r"a layer \(7, 6, 3, 3\) with a max-pool does not fit maps of 6x1x1"):
-        planner.stages(network, 4, 4, 1, 8)
-    with pytest.raises(ValueError, match=r"a layer \(5, 3, 3, 3\) .*does not fit"):
-        planner.stages([network[0], network[0]], 4, 4, 1, 8)
+    case = chain((3, 4, 4), [(5, 3, True, True), (6, 3, True, True), (7, 3, True, True)])
+    with pytest.raises(ValueError, match=r"layer 2 \(7×6×3×3 with a max-pool\) does not fit maps of 6×1×1"):
+        planner.plan(case.graph, case.arrays(), case.inputs, 1, 8)
+    twice = Graph((True,), (Convolution(0, "0"), Convolution(1, "0")), (2,))
+    with pytest.raises(ValueError, match=r"layer 0 \(5×3×3×3\) does not fit maps of 5×2×2"):
+        planner.plan(twice, case.arrays(), case.inputs, 1, 8)
 
 
 @given(st.integers(1, 70), st.integers(1, 40), st.sampled_from([1, 9]), st.floats(0, 1), st.integers(1, 60))
@@ -379,11 +338,12 @@ def test_each_kept_weight_is_multiplied_once_in_order(c_out, c_in, taps, density
 
 # --- Numba ------------------------------------------------------------------------------------------------------------
 
-USE = "import torch; from reprolib.sparse import SparseConv2d; conv = torch.nn.Conv2d(2, 2, 1).requires_grad_(False); "
-USE += "print(SparseConv2d.from_dense(conv)(torch.zeros(1, 2, 3, 3)).shape)"
+USE = "import torch; from reprolib.sparse import sparsify; model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)); "
+USE += "model = model.eval().requires_grad_(False); model[0].weight[0] = 0; "
+USE += "print(sparsify(model)(torch.zeros(1, 2, 3, 3)).shape)"
 
 
-def run(command, **variables):
+def python(command, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA")}
     environment = kept | {"PYTHONPATH": str(paths.ROOT)} | variables
     return subprocess.run(
@@ -397,13 +357,29 @@ def test_damaged_cache_is_told_and_mended(tmp_path):
         "from reprolib.sparse.compilation import compiled\n\n@compiled()\ndef f(x):\n    return x + 1\n\nprint(f(1))\n"
     )
     cache = tmp_path / "cache"
-    assert run([program], NUMBA_CACHE_DIR=str(cache)).stderr == ""
+    assert python([program], NUMBA_CACHE_DIR=str(cache)).stderr == ""
     for path in cache.rglob("*.nb*"):
         path.write_bytes(path.read_bytes()[:20])
-    damaged, mended = (run([program], NUMBA_CACHE_DIR=str(cache)) for _ in range(2))
+    damaged, mended = (python([program], NUMBA_CACHE_DIR=str(cache)) for _ in range(2))
     assert damaged.stdout == mended.stdout == "2\n"
     assert "a compiled kernel could not be read" in damaged.stderr and "Traceback" not in damaged.stderr
     assert mended.stderr == ""
+
+
+def test_changes_of_other_files_are_seen(tmp_path):
+    """A kernel holds the code of what it calls, and constants: Numba's cache looks at the kernel's own file only."""
+    (tmp_path / "inner.py").write_text(
+        "from reprolib.sparse.compilation import compiled\n\nN = 1\n\n@compiled()\ndef g(x):\n    return x + N\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "from reprolib.sparse.compilation import compiled\nfrom inner import g\n\n@compiled()\ndef f(x):\n"
+        "    return g(x)\n\nprint(f(1), f.stats.cache_hits[f.signatures[0]] if f.stats.cache_hits else 0)\n"
+    )
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert [python([tmp_path / "program.py"], **folder).stdout for _ in range(2)] == ["2 0\n", "2 1\n"]
+    inner = tmp_path / "inner.py"
+    inner.write_text(inner.read_text().replace("N = 1", "N = 10"))
+    assert python([tmp_path / "program.py"], **folder).stdout == "11 0\n"
 
 
 def test_numba_without_a_folder_for_its_cache(monkeypatch, capsys):
@@ -423,5 +399,5 @@ def no_folder(njit):
 
 
 def test_numba_that_may_not_compile_is_refused():
-    done = run(["-c", USE], NUMBA_DISABLE_JIT="1")
+    done = python(["-c", USE], NUMBA_DISABLE_JIT="1")
     assert "NUMBA_DISABLE_JIT is set, and sparse kernels are compiled by Numba: unset it" in done.stderr

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from reprolib.sparse.compilation import compiled
 from reprolib.sparse.cpu import moves
+from reprolib.sparse.cpu.activations import OPTIONS, activate_vector
 from reprolib.sparse.cpu.intrinsics import call, claim, let_others_run, pause, prefetch, read
-from reprolib.sparse.cpu.moves import HEIGHT, IMAGES, OPTIONS, WIDTH
+from reprolib.sparse.cpu.layout import CHANNELS, HEIGHT, IMAGES, WIDTH
 from reprolib.sparse.cpu.planner import ELEMENTWISE, FILL, INPUT, LAYER, MAX_POOL, MEAN, OUTPUT, VIEW
 from reprolib.sparse.cpu.schedule import OWN, STRETCH
 
+FROM_PYTHON = {"nogil": True, "error_model": "numpy"}
 LINE = 8  # int64 in a line of the cache: counters of different steps do not disturb each other
 SPINS = 2000  # before a waiting thread lets others run
 VECTORS = 32  # output vectors of a band: a multiple of the four that a max-pool takes
@@ -81,12 +83,10 @@ def _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
                     bundle, place = vector // len(places), vector % len(places)
                     to = at[1] - base + group[TO_TARGET] + bundle * strides[1] + places[place, 1]
                     positions = layout[HEIGHT] * layout[WIDTH] * layout[IMAGES] - place * stage[LANES]
-                    moves.activate_vector(
-                        arena, to // 4, layout, group[ROWS], min(positions, stage[LANES]), work[NUMBERS]
-                    )
+                    activate_vector(arena, to // 4, layout, group[ROWS], min(positions, stage[LANES]), work[NUMBERS])
 
 
-@compiled(**OPTIONS)
+@compiled(**OPTIONS, inline="always")
 def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
     """All work but layers: one of `parts` of a bundle."""
     layouts, fills, values = plan[1], plan[2], plan[3]
@@ -99,11 +99,11 @@ def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
         first, last = work[ZEROS], work[ZEROS_END]
         moves.fill(arena, to, fills[first:last], values[first:last], part, parts)
     elif kind == INPUT:
-        size = target[moves.CHANNELS] * target[HEIGHT] * target[WIDTH]
+        size = target[CHANNELS] * target[HEIGHT] * target[WIDTH]
         x = (outside[0, numbers[0]] - base) // 4 + bundle * target[IMAGES] * size
         moves.come_in(arena, x, to, target, part, parts)
     elif kind == OUTPUT:
-        size = source[moves.CHANNELS] * source[HEIGHT] * source[WIDTH]
+        size = source[CHANNELS] * source[HEIGHT] * source[WIDTH]
         y = (outside[1, numbers[0]] - base) // 4 + bundle * source[IMAGES] * size
         moves.go_out(arena, start, source, y)
     elif kind == VIEW:
@@ -116,7 +116,7 @@ def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
         moves.elementwise(arena, (start, beside, to), source, other, target, numbers, part, parts)
 
 
-@compiled(**OPTIONS)
+@compiled(**OPTIONS, inline="always")
 def _do(arena, base, outside, plan, step, task, slot, sums):
     """One task of a step: a bundle through the first layers, or a part of one piece of work."""
     areas, places, works = plan[4], plan[5], plan[6]
@@ -150,7 +150,7 @@ def _do(arena, base, outside, plan, step, task, slot, sums):
         _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
 
 
-@compiled(**OPTIONS)
+@compiled(**FROM_PYTHON)
 def work(arena, base, scratch, outside, plan, steps, counters):
     """Take tasks, step by step, until all are done. `outside`: addresses of the inputs, and of the outputs."""
     slot = claim(counters, 0)
@@ -171,7 +171,7 @@ def work(arena, base, scratch, outside, plan, steps, counters):
                 let_others_run()
 
 
-@compiled(**OPTIONS)
+@compiled(**FROM_PYTHON)
 def linger(bell, heard):
     for _ in range(LINGER):
         if read(bell, 0) != heard:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reprolib.sparse.cpu.encoder import MOST_MASKS
 from reprolib.sparse.cpu.layout import Layout
-
-MOST_MASKS = 7  # of an output vector: one says what is written, others which lanes a tap may read
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Window:
 @dataclass(frozen=True, eq=False)
 class Taps:
     """Taps of a window that read any pixel: ``number [taps]`` in the kernel, in order; the view of each, and the shift
-    ``[taps, 2]`` in it, of rows and columns. ``views``: stride and first pixel of rows and columns; none: the map itself.
-    `halo`: how far beyond the edges of map or view they reach.
+    ``[taps, 2]`` in it, of rows and columns. ``views``: stride and first pixel of rows and columns; none: the map
+    itself. `halo`: how far beyond the edges of map or view they reach.
     """
 
     number: np.ndarray
@@ -92,8 +91,8 @@ class Stage:
 
     ``weight [C_out, C_in, taps]``; ``reach [taps]``: bytes from an output vector's place to what a tap reads;
     ``masked [taps]``: which of ``masks [vectors, .., lanes]`` says what it may read, from 2 on, or 0; mask 1 says what
-    is written; none where images share a vector. ``places [vectors, 3]``: bytes from the start of the source, the target
-    and the addend. `pool`: the target holds the maximum of its pixels so far.
+    is written; none where images share a vector. ``places [vectors, 3]``: bytes from the start of the source, the
+    target and the addend. `pool`: the target holds the maximum of its pixels so far.
     """
 
     weight: np.ndarray
@@ -113,8 +112,8 @@ class Stage:
 def stage(weight, bias, window: Window, found: Taps, layouts, relu: bool, pool: bool, out: tuple[int, int]) -> Stage:
     """Put a layer, ``weight [C_out, C_in, K_h, K_w]``, in its place.
 
-    `found` are its taps, `layouts` those of the source (which holds all views), the target and the addend or None, `out`
-    the size of its map before the max-pool.
+    `found` are its taps, `layouts` those of the source (which holds all views), the target and the addend or None,
+    `out` the size of its map before the max-pool.
     """
     source, target, addend = layouts
     weight = weight.reshape(*weight.shape[:2], -1)[:, :, found.number]
@@ -159,7 +158,7 @@ def _even(weight: np.ndarray, bias: np.ndarray, outputs: bool) -> tuple[np.ndarr
 
 
 def without_groups(weight: np.ndarray, groups: int) -> np.ndarray:
-    """The weight ``[C_out, C_in, ..]`` of a convolution with groups, ``[C_out, C_in / groups, ..]``: zeros elsewhere."""
+    """``[C_out, C_in, ..]`` from the weight ``[C_out, C_in / groups, ..]`` of a convolution: zeros elsewhere."""
     if groups == 1:
         return weight
     rows, channels = weight.shape[:2]

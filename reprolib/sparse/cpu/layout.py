@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Columns of the table of layouts, in words.
+CHANNELS, HEIGHT, WIDTH, IMAGES, WORDS, FIRST, CHANNEL, ROW, COLUMN, PAIRS, INTERLEAVED = range(11)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -35,6 +38,10 @@ class Layout:
     def words(self) -> int:
         """Words that hold the channels of a pixel."""
         return -(-self.channels // 2) if self.pairs else self.channels
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
 
     @property
     def interleaved(self) -> bool:
@@ -86,3 +93,13 @@ class Layout:
                 bits = int(np.float32(interior).view(np.uint32))  # 0 or infinity: its upper half is the bfloat16
                 ranges += [(start, start + line, bits | bits >> 16 if self.pairs else bits) for start in inner]
         return np.array([(a // 4, b // 4, bits) for a, b, bits in ranges if b > a], np.int64).reshape(-1, 3)
+
+
+def table(layouts: list[Layout]) -> np.ndarray:
+    """Layouts ``[layouts, 11]`` as compiled loops read them."""
+    rows = [
+        (at.channels, at.height, at.width, at.images, at.words, at.first // 4, at.channel // 4, at.row // 4,
+         at.column // 4, at.pairs, at.interleaved)
+        for at in layouts
+    ]  # fmt: skip
+    return np.array(rows, np.int64)

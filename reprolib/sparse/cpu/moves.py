@@ -10,133 +10,24 @@ from __future__ import annotations
 import numpy as np
 
 from reprolib.sparse.compilation import compiled
+from reprolib.sparse.cpu.activations import OPTIONS, ZERO, activate, bfloat16, half, larger, number, paired
 from reprolib.sparse.cpu.intrinsics import bits_of, float_of, get, put
-from reprolib.sparse.cpu.layout import Layout
-from reprolib.sparse.cpu.planner import ACTIVATIONS, ADD, COPY
-
-OPTIONS = {"nogil": True, "error_model": "numpy"}  # nothing here divides by zero
-
-# Columns of the table of layouts, in words.
-CHANNELS, HEIGHT, WIDTH, IMAGES, WORDS, FIRST, CHANNEL, ROW, COLUMN, PAIRS, INTERLEAVED = range(11)
-RELU, RELU6, SILU, SIGMOID, HARDSWISH, HARDSIGMOID = (
-    ACTIVATIONS.index(name) for name in ("relu", "relu6", "silu", "sigmoid", "hardswish", "hardsigmoid")
+from reprolib.sparse.cpu.layout import (
+    CHANNEL,
+    CHANNELS,
+    COLUMN,
+    FIRST,
+    HEIGHT,
+    IMAGES,
+    INTERLEAVED,
+    PAIRS,
+    ROW,
+    WIDTH,
+    WORDS,
 )
-ZERO, HALF, ONE, THREE, SIX = (np.float32(number) for number in (0, 0.5, 1, 3, 6))
-# e^x = 2^n * e^r with a small r: x = n * ln 2 + r, ln 2 in two parts, so that r is exact.
-LARGEST, LOG2_E, LN2_HIGH, LN2_LOW = (np.float32(number) for number in (87, 1.44269504, 0.693359375, -2.12194440e-4))
-SIXTH, TWENTY_FOURTH, C5, C6 = (np.float32(1 / number) for number in (6, 24, 120, 720))
+from reprolib.sparse.cpu.planner import ADD, COPY
 
-
-def table(layouts: list[Layout]) -> np.ndarray:
-    """Layouts as these loops read them."""
-    rows = [
-        (at.channels, at.height, at.width, at.images, at.words, at.first // 4, at.channel // 4, at.row // 4,
-         at.column // 4, at.pairs, at.interleaved)
-        for at in layouts
-    ]  # fmt: skip
-    return np.array(rows, np.int64)
-
-
-# --- Numbers ----------------------------------------------------------------------------------------------------------
-
-
-@compiled(**OPTIONS)
-def bfloat16(number):
-    """The bits of the nearest bfloat16, the even one of two; NaN stays NaN."""
-    bits = np.int64(np.uint32(bits_of(number)))
-    return bits >> 16 | 64 if number != number else bits + 0x7FFF + (bits >> 16 & 1) >> 16
-
-
-@compiled(**OPTIONS)
-def paired(low, high):
-    """Two numbers, rounded to bfloat16, in one word."""
-    return float_of(np.int32(bfloat16(low) | bfloat16(high) << 16))
-
-
-@compiled(**OPTIONS)
-def _number(arena, at, layout, channel, place):
-    """Of a channel, as float32; `place` is its pixel and image."""
-    if not layout[PAIRS]:
-        return get(arena, at + layout[FIRST] + channel * layout[CHANNEL] + place)
-    bits = bits_of(get(arena, at + layout[FIRST] + channel // 2 * layout[CHANNEL] + place))
-    return float_of(np.int32(bits & -65536)) if channel % 2 else float_of(np.int32(bits << 16))
-
-
-@compiled(**OPTIONS)
-def _larger(a, b):
-    """NaN if one of them is."""
-    return a if a > b or a != a else b
-
-
-@compiled(**OPTIONS)
-def _exp(x):
-    x = LARGEST if x > LARGEST else x
-    x = -LARGEST if x < -LARGEST else x
-    n = np.int32((x if x == x else ZERO) * LOG2_E + (HALF if x > ZERO else -HALF))
-    whole = np.float32(n)
-    r = x - whole * LN2_HIGH - whole * LN2_LOW
-    e = ONE + r * (ONE + r * (HALF + r * (SIXTH + r * (TWENTY_FOURTH + r * (C5 + r * C6)))))
-    return e * float_of(np.int32((n + 127) << 23))
-
-
-@compiled(**OPTIONS)
-def _six_at_most(x):
-    x = ZERO if x < ZERO else x
-    return SIX if x > SIX else x
-
-
-@compiled(**OPTIONS)
-def _activated(x, kind):
-    if kind == RELU:
-        return ZERO if x < ZERO else x
-    if kind == RELU6:
-        return _six_at_most(x)
-    if kind == HARDSWISH:
-        return x * _six_at_most(x + THREE) / SIX
-    if kind == HARDSIGMOID:
-        return _six_at_most(x + THREE) / SIX
-    if kind == SIGMOID:
-        return ONE / (ONE + _exp(-x))
-    return x / (ONE + _exp(-x)) if kind == SILU else x
-
-
-@compiled(**OPTIONS)
-def _activate(arena, at, count, kind, pairs):
-    """Words one after the other. Each kind has a loop of its own: so it becomes vector instructions."""
-    if pairs:
-        for i in range(at, at + count):
-            bits = bits_of(get(arena, i))
-            low, high = float_of(np.int32(bits << 16)), float_of(np.int32(bits & -65536))
-            put(arena, i, paired(_activated(low, kind), _activated(high, kind)))
-    elif kind == RELU:
-        for i in range(at, at + count):
-            put(arena, i, _activated(get(arena, i), RELU))
-    elif kind == RELU6:
-        for i in range(at, at + count):
-            put(arena, i, _activated(get(arena, i), RELU6))
-    elif kind == HARDSWISH:
-        for i in range(at, at + count):
-            put(arena, i, _activated(get(arena, i), HARDSWISH))
-    elif kind == HARDSIGMOID:
-        for i in range(at, at + count):
-            put(arena, i, _activated(get(arena, i), HARDSIGMOID))
-    elif kind == SIGMOID:
-        for i in range(at, at + count):
-            put(arena, i, _activated(get(arena, i), SIGMOID))
-    elif kind == SILU:
-        for i in range(at, at + count):
-            put(arena, i, _activated(get(arena, i), SILU))
-
-
-@compiled(**OPTIONS)
-def activate_vector(arena, at, layout, channels, lanes, kind):
-    """What a layer has just written at one place: some channels of `lanes` numbers."""
-    words = -(-channels // 2) if layout[PAIRS] else channels
-    if layout[INTERLEAVED]:
-        _activate(arena, at, words * lanes, kind, layout[PAIRS])
-    else:
-        for c in range(words):
-            _activate(arena, at + c * layout[CHANNEL], lanes, kind, layout[PAIRS])
+INFINITY = np.float32(np.inf)
 
 
 # --- In and out -------------------------------------------------------------------------------------------------------
@@ -154,13 +45,13 @@ def come_in(arena, x, at, layout, part, parts):
         start = x + channel * plane + row % height * width
         for w in range(width):
             for i in range(images):
-                number = get(arena, start + i * channels * plane + w)
+                word = get(arena, start + i * channels * plane + w)
                 if share == 2:
                     other = ZERO
                     if channel + 1 < channels:
                         other = get(arena, start + (i * channels + 1) * plane + w)
-                    number = paired(number, other)
-                put(arena, to + w * layout[COLUMN] + i, number)
+                    word = paired(word, other)
+                put(arena, to + w * layout[COLUMN] + i, word)
 
 
 @compiled(**OPTIONS)
@@ -173,7 +64,7 @@ def go_out(arena, at, layout, y):
                 to = y + ((i * channels + c) * height + h) * width
                 if layout[PAIRS]:
                     for w in range(width):
-                        put(arena, to + w, _number(arena, at, layout, c, h * layout[ROW] + w * layout[COLUMN] + i))
+                        put(arena, to + w, number(arena, at, layout, c, h * layout[ROW] + w * layout[COLUMN] + i))
                 else:
                     start = at + layout[FIRST] + c * layout[CHANNEL] + h * layout[ROW] + i
                     for w in range(width):
@@ -184,8 +75,8 @@ def go_out(arena, at, layout, y):
 def fill(arena, at, ranges, values, part, parts):
     """What surrounds the maps of a layout, and where a max-pool begins."""
     for i in range(part, len(ranges), parts):
-        for number in range(at + ranges[i, 0], at + ranges[i, 1]):
-            put(arena, number, values[i])
+        for word in range(at + ranges[i, 0], at + ranges[i, 1]):
+            put(arena, word, values[i])
 
 
 # --- Maps from maps ---------------------------------------------------------------------------------------------------
@@ -256,10 +147,10 @@ def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part
             for x in range(target[WIDTH]):
                 left, right = _inside(x, kernel[1], stride[1], padding[1], source[WIDTH])
                 for i in range(images):
-                    number = get(arena, scratch + left * images + i)
+                    largest = get(arena, scratch + left * images + i)
                     for u in range(left + 1, right):
-                        number = _larger(number, get(arena, scratch + u * images + i))
-                    put(arena, to + x * images + i, number)
+                        largest = larger(largest, get(arena, scratch + u * images + i))
+                    put(arena, to + x * images + i, largest)
 
 
 @compiled(**OPTIONS)
@@ -270,45 +161,49 @@ def _take_larger(arena, start, to, count, first):
             put(arena, to + i, get(arena, start + i))
     else:
         for i in range(count):
-            put(arena, to + i, _larger(get(arena, to + i), get(arena, start + i)))
+            put(arena, to + i, larger(get(arena, to + i), get(arena, start + i)))
 
 
 @compiled(**OPTIONS)
 def _max_pool_of_pairs(arena, source_at, source, target_at, target, kernel, stride, padding, part, parts):
     for row in range(part, target[WORDS] * target[HEIGHT], parts):
         w, y = row // target[HEIGHT], row % target[HEIGHT]
-        share = 1 + target[PAIRS]
         top, bottom = _inside(y, kernel[0], stride[0], padding[0], source[HEIGHT])
         for x in range(target[WIDTH]):
             left, right = _inside(x, kernel[1], stride[1], padding[1], source[WIDTH])
+            to = target_at + target[FIRST] + w * target[CHANNEL] + y * target[ROW] + x * target[COLUMN]
             for i in range(target[IMAGES]):
-                low, high = np.float32(-np.inf), np.float32(-np.inf)
-                for v in range(top, bottom):
-                    for u in range(left, right):
-                        place = v * source[ROW] + u * source[COLUMN] + i
-                        low = _larger(low, _number(arena, source_at, source, share * w, place))
-                        if share * w + 1 < source[CHANNELS]:
-                            high = _larger(high, _number(arena, source_at, source, share * w + 1, place))
-                to = target_at + target[FIRST] + w * target[CHANNEL] + y * target[ROW] + x * target[COLUMN] + i
-                put(arena, to, paired(low, high) if share == 2 else low)
+                for upper in range(1 + target[PAIRS]):
+                    channel, largest = w * (1 + target[PAIRS]) + upper, -INFINITY
+                    for v in range(top, bottom):
+                        for u in range(left, right):
+                            place = v * source[ROW] + u * source[COLUMN] + i
+                            largest = larger(largest, number(arena, source_at, source, channel, place))
+                    _put_half(arena, to + i, largest, upper, target[PAIRS])
+
+
+@compiled(**OPTIONS)
+def _put_half(arena, at, value, upper, pairs):
+    """A number, or one of the two of a word, the lower one first."""
+    if pairs:
+        before = bits_of(get(arena, at)) & 0xFFFF if upper else 0
+        value = float_of(np.int32(bfloat16(value) << 16 * upper | before))
+    put(arena, at, value)
 
 
 @compiled(**OPTIONS)
 def mean(arena, source_at, source, target_at, target, part, parts):
     """The mean of each map, summed in float64."""
-    share, count = 1 + target[PAIRS], source[HEIGHT] * source[WIDTH]
     for w in range(part, target[WORDS], parts):
         for i in range(target[IMAGES]):
-            low, high = 0.0, 0.0
-            for y in range(source[HEIGHT]):
-                for x in range(source[WIDTH]):
-                    place = y * source[ROW] + x * source[COLUMN] + i
-                    low += _number(arena, source_at, source, share * w, place)
-                    if share == 2 and 2 * w + 1 < source[CHANNELS]:
-                        high += _number(arena, source_at, source, 2 * w + 1, place)
-            to = target_at + target[FIRST] + w * target[CHANNEL] + i
-            one, other = np.float32(low / count), np.float32(high / count)
-            put(arena, to, paired(one, other) if share == 2 else one)
+            for upper in range(1 + target[PAIRS]):
+                total = 0.0
+                for y in range(source[HEIGHT]):
+                    for x in range(source[WIDTH]):
+                        place = y * source[ROW] + x * source[COLUMN] + i
+                        total += number(arena, source_at, source, w * (1 + target[PAIRS]) + upper, place)
+                value = np.float32(total / (source[HEIGHT] * source[WIDTH]))
+                _put_half(arena, target_at + target[FIRST] + w * target[CHANNEL] + i, value, upper, target[PAIRS])
 
 
 @compiled(**OPTIONS)
@@ -317,67 +212,43 @@ def elementwise(arena, at, source, other, target, numbers, part, parts):
 
     `at` are the places of the three.
     """
-    operation, kind = numbers[0], numbers[1]
+    operation, kind, pairs = numbers[0], numbers[1], target[PAIRS]
     each = source[HEIGHT] * source[WIDTH] == other[HEIGHT] * other[WIDTH]  # has a number of its own for each pixel
-    if target[PAIRS]:
-        _elementwise_pairs(arena, at, source, other, target, operation, kind, each, part, parts)
-    elif source[INTERLEAVED]:
-        for y in range(part, target[HEIGHT], parts):
-            for x in range(target[WIDTH]):
-                a = at[0] + source[FIRST] + y * source[ROW] + x * source[COLUMN]
-                b = at[1] + other[FIRST] + (y * other[ROW] + x * other[COLUMN] if each else 0)
-                to = at[2] + target[FIRST] + y * target[ROW] + x * target[COLUMN]
-                _combine(arena, a, b, to, target[WORDS] * target[IMAGES], operation)
-                _activate(arena, to, target[WORDS] * target[IMAGES], kind, False)
-    else:
-        images = target[IMAGES]
-        for c in range(part, target[WORDS], parts):
-            a = at[0] + source[FIRST] + c * source[CHANNEL]
-            b = at[1] + other[FIRST] + c * other[CHANNEL]
-            to, count = at[2] + target[FIRST] + c * target[CHANNEL], target[HEIGHT] * target[ROW]
-            if each or operation == COPY:
-                _combine(arena, a, b, to, count, operation)
-            else:
-                for pixel in range(0, count, images):
-                    _combine(arena, a + pixel, b, to + pixel, images, operation)
-            _activate(arena, to, count, kind, False)
+    interleaved, images = target[INTERLEAVED], target[IMAGES]
+    pixels = target[HEIGHT] * target[WIDTH]
+    for run in range(part, pixels if interleaved else target[WORDS], parts):
+        # Numbers that lie one after the other: all channels of a pixel, or all pixels of a channel.
+        y, x, c, count = 0, 0, run, pixels * images
+        if interleaved:
+            y, x, c, count = run // target[WIDTH], run % target[WIDTH], 0, target[WORDS] * images
+        a = at[0] + source[FIRST] + c * source[CHANNEL] + y * source[ROW] + x * source[COLUMN]
+        b = at[1] + other[FIRST] + c * other[CHANNEL]
+        to = at[2] + target[FIRST] + c * target[CHANNEL] + y * target[ROW] + x * target[COLUMN]
+        if each:
+            b += y * other[ROW] + x * other[COLUMN]
+        step = count if each or interleaved else images
+        for start in range(0, count, step):
+            _combine(arena, a + start, b, to + start, step, operation, pairs)
+        activate(arena, to, count, kind, pairs)
 
 
 @compiled(**OPTIONS)
-def _combine(arena, a, b, to, count, operation):
+def _combine(arena, a, b, to, count, operation, pairs):
     if operation == COPY:
         for i in range(count):
             put(arena, to + i, get(arena, a + i))
+    elif pairs:
+        for i in range(count):
+            x, y = get(arena, a + i), get(arena, b + i)
+            low, high = half(x, False), half(x, True)
+            if operation == ADD:
+                low, high = low + half(y, False), high + half(y, True)
+            else:
+                low, high = low * half(y, False), high * half(y, True)
+            put(arena, to + i, paired(low, high))
     elif operation == ADD:
         for i in range(count):
             put(arena, to + i, get(arena, a + i) + get(arena, b + i))
     else:
         for i in range(count):
             put(arena, to + i, get(arena, a + i) * get(arena, b + i))
-
-
-@compiled(**OPTIONS)
-def _combined(a, b, operation, kind):
-    number = a if operation == COPY else a + b if operation == ADD else a * b
-    return _activated(number, kind)
-
-
-@compiled(**OPTIONS)
-def _elementwise_pairs(arena, at, source, other, target, operation, kind, each, part, parts):
-    for row in range(part, target[WORDS] * target[HEIGHT], parts):
-        w, y = row // target[HEIGHT], row % target[HEIGHT]
-        for x in range(target[WIDTH]):
-            for i in range(target[IMAGES]):
-                a = y * source[ROW] + x * source[COLUMN] + i
-                b = y * other[ROW] + x * other[COLUMN] + i if each else i
-                low = _combined(
-                    _number(arena, at[0], source, 2 * w, a), _number(arena, at[1], other, 2 * w, b), operation, kind
-                )
-                high = _combined(
-                    _number(arena, at[0], source, 2 * w + 1, a),
-                    _number(arena, at[1], other, 2 * w + 1, b),
-                    operation,
-                    kind,
-                )
-                to = at[2] + target[FIRST] + w * target[CHANNEL] + y * target[ROW] + x * target[COLUMN] + i
-                put(arena, to, paired(low, high))

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from reprolib.sparse.compilation import told
-from reprolib.sparse.cpu import generator, moves, planner
+from reprolib.sparse.cpu import generator, layout, planner
 from reprolib.sparse.cpu.driver import LINE, SCRATCH, linger, work
 from reprolib.sparse.cpu.encoder import BYTES
 from reprolib.sparse.cpu.planner import LAYER, OUTPUT
@@ -51,7 +51,7 @@ class Program:
         self._schedules: dict[tuple[int, int], tuple] = {}
         self._tables = self._layers(codes, masks, isa)
         self._work = self._pieces(list(codes))
-        self._layouts = moves.table([layout for layout, _ in self.plan.places])
+        self._layouts = layout.table([at for at, _ in self.plan.places])
 
     def _layers(self, codes: dict[int, generator.Code], masks: dict[int, np.ndarray], isa: ModuleType) -> tuple:
         """Tables of layers, groups, chunks and output vectors: see `driver`."""

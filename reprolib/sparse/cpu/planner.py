@@ -16,8 +16,19 @@ from reprolib.sparse.cpu import geometry
 from reprolib.sparse.cpu.geometry import Stage, Taps, Window
 from reprolib.sparse.cpu.layout import Layout
 from reprolib.sparse.cpu.shapes import Shape, Weights, pool_window, shapes, window
-from reprolib.sparse.operations import Activation, Concatenation, Convolution, Flatten, Graph, Linear, MaxPool, Mean
-from reprolib.sparse.operations import Operation, Product, Sum
+from reprolib.sparse.operations import (
+    Activation,
+    Concatenation,
+    Convolution,
+    Flatten,
+    Graph,
+    Linear,
+    MaxPool,
+    Mean,
+    Operation,
+    Product,
+    Sum,
+)
 
 # Kinds of work. A bundle are the images that share a vector, or the few that share positions.
 INPUT = 0  # images come in
@@ -68,8 +79,8 @@ class Plan:
 def plan(graph: Graph, weights: Weights, inputs: list[Shape], images: int, lanes: int, pairs: bool = False) -> Plan:
     """Plan a graph for `images` (1 to `lanes`) images at a time; `inputs` are the shapes ``[C, H, W]`` of its inputs.
 
-    `weights` are float32, as `operations` describes them. `pairs`: activations between layers are bfloat16, two channels
-    in 32 bits. Sums, and what only goes out, are float32 always. Raises ValueError for what does not fit.
+    `weights` are float32, as `operations` describes them. `pairs`: activations between layers are bfloat16, two
+    channels in 32 bits. Sums, and what only goes out, are float32 always. Raises ValueError for what does not fit.
     """
     return _Draft(graph, weights, shapes(graph, weights, inputs), images, lanes, pairs).finished()
 
@@ -95,7 +106,8 @@ class _Draft:
     def finished(self) -> Plan:
         for value in range(len(self.graph.inputs)):
             self._add(INPUT, self._place(value), numbers=(value,))
-        for self.value, operation in self.graph.numbered():
+        for value, operation in self.graph.numbered():
+            self.value = value
             self._draft(operation)
         for number, value in enumerate(self.graph.outputs):
             self.work.append(Work(OUTPUT, len(self.shapes), source=self.place_of[value], numbers=(number,)))
@@ -206,7 +218,7 @@ class _Draft:
                 numbers = COPY, ACTIVATIONS.index(operation.activation)
                 self._add(ELEMENTWISE, self._place(self.value), given[0], given[0], numbers)
             case Sum() | Product():
-                large, small = sorted(given, key=lambda place: -self.places[place][0].height)
+                large, small = sorted(given, key=lambda place: -self.places[place][0].pixels)
                 numbers = ADD if isinstance(operation, Sum) else MULTIPLY, 0
                 self._add(ELEMENTWISE, self._place(self.value), large, small, numbers)
 

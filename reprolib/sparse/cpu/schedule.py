@@ -27,8 +27,8 @@ OWN, LATE = 0, 1  # memory of a thread; of a bundle
 class Step:
     """`tasks` that any thread may do, in any order; the next step begins when all are done.
 
-    A step is the work of this number for `bundles` from `bundle` on. A task of a layer does `band` output vectors of one
-    of `parts` of its groups; other tasks do one of `parts` of a bundle.
+    A step is the work of this number for `bundles` from `bundle` on. A task of a layer does `band` output vectors of
+    one of `parts` of its groups; other tasks do one of `parts` of a bundle.
     """
 
     kind: int
@@ -84,9 +84,9 @@ def stretch(plan: Plan) -> int:
     if not any(layout.interleaved for layout, _ in plan.places):
         return 0
     for work in plan.work:
-        if work.kind == LAYER and len(work.stage.places) * plan.images < SMALL_MAP:
-            if np.count_nonzero(work.stage.weight) > FEW_WEIGHTS:
-                return next(i for i, other in enumerate(plan.work) if other.operation == work.operation)
+        small = work.kind == LAYER and len(work.stage.places) * plan.images < SMALL_MAP
+        if small and np.count_nonzero(work.stage.weight) > FEW_WEIGHTS:
+            return next(i for i, other in enumerate(plan.work) if other.operation == work.operation)
     return len(plan.work)
 
 

@@ -8,8 +8,19 @@ import numpy as np
 
 from reprolib.sparse import operations
 from reprolib.sparse.cpu.geometry import Window
-from reprolib.sparse.operations import Activation, Concatenation, Convolution, Flatten, Graph, Linear, MaxPool, Mean
-from reprolib.sparse.operations import Operation, Product, Sum
+from reprolib.sparse.operations import (
+    Activation,
+    Concatenation,
+    Convolution,
+    Flatten,
+    Graph,
+    Linear,
+    MaxPool,
+    Mean,
+    Operation,
+    Product,
+    Sum,
+)
 
 Shape = tuple[int, int, int]
 Weights = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -21,7 +32,7 @@ def shapes(graph: Graph, weights: Weights, inputs: list[Shape]) -> list[Shape]:
     Raises ValueError for what does not fit.
     """
     found = list(inputs)
-    for value, operation in graph.numbered():
+    for operation in graph.operations:
         given = [found[source] for source in operations.sources(operation)]
         shape = _shape(operation, given, weights)
         if shape is None or min(shape[1:]) < 1:
@@ -62,7 +73,7 @@ def _shape(operation: Operation, given: list[Shape], weights: Weights) -> Shape 
         case Sum():
             return first if others == [first] else None
         case Product():
-            large, small = max(first, others[0], key=math.prod), min(first, others[0], key=math.prod)
+            small, large = sorted((first, *others), key=math.prod)
             return large if small in (large, (large[0], 1, 1)) else None
         case Concatenation():
             return (sum(shape[0] for shape in given), *first[1:]) if len({s[1:] for s in given}) == 1 else None
