@@ -287,7 +287,7 @@ SEAMS = [
     lambda x: F.gelu(x) * torch.softmax(x, 1),
     lambda x: F.adaptive_max_pool2d(x, 3),
     lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
-    lambda x: x.T.permute(3, 2, 1, 0),
+    lambda x: x.mT.transpose(2, 3),
     lambda x: torch.where(x > 0, x, 1 / (2 - x) ** 2),
     lambda x: x.clone().add_(1).index_select(1, torch.tensor([3, 2, 1, 0])),
     nn.GroupNorm(2, 4),
