@@ -14,10 +14,10 @@ GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES)
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint strip reproduce figures report site trace sweep bench bench-peers bench-train lab lock clean
+.PHONY: help env data test lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-train lab lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: ## build the environment in .venv, or again where it has become stale (the others do it themselves)
 	@test "$(words GNU make)" = 2 || { echo "error: this is not GNU make: call gmake"; exit 1; }
@@ -64,6 +64,11 @@ bench-peers: env ## bench, with DeepSparse, OpenVINO, ONNX Runtime and torch.com
 	@$(BIN)/python -m reprolib.files.environment --peers
 	$(BIN)/python -m reprolib.bench latency --peers $(if $(SHORT),--short) --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
 	@$(if $(SHORT),$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop))
+
+bench-networks: env ## bench-peers with larger networks: ResNet-18 and ResNet-50, images of 224 x 224 pixels
+	@$(BIN)/python -m reprolib.files.environment --peers
+	$(BIN)/python -m reprolib.bench latency --peers --networks --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
+	@$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop) --networks
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile $(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))

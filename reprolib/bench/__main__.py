@@ -32,6 +32,8 @@ def main() -> None:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--own", dest="extent", action="store_const", const="own", help="the profile's networks only")
     extent.add_argument("--short", dest="extent", action="store_const", const="short", help="one table at 90 %%")
+    networks = "ResNet-18 and ResNet-50 for images of 224 x 224 pixels"
+    extent.add_argument("--networks", dest="extent", action="store_const", const="networks", help=networks)
     parser.add_argument("--peers", action="store_true", help="of latency: engines of other makers, too, on a CPU")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="of latency: such as 9m; ask again to go on")
     parser.add_argument("--output", type=Path, help="where the table goes, if not below results/")
@@ -44,12 +46,13 @@ def main() -> None:
         profile, device = profiles.load(arguments.profile), arguments.device
         extent = arguments.extent or "all"
         output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
-        if extent == "short" and not arguments.output:
-            output = output.with_name(paths.short_latency_csv(profile.name).name)
+        apart = {"short": paths.short_latency_csv, "networks": paths.networks_latency_csv}
+        if extent in apart and not arguments.output:
+            output = output.with_name(apart[extent](profile.name).name)
         if arguments.what == "latency":
             deadline = time.time() + arguments.budget
-            if arguments.peers and device != "cpu":
-                raise ValueError("the peers run on a CPU: --peers is for --device cpu")
+            if device != "cpu" and (arguments.peers or extent == "networks"):
+                raise ValueError("peers and larger networks run on a CPU: --peers and --networks are for --device cpu")
             with peers.running(arguments.threads) if arguments.peers else contextlib.nullcontext() as others:
                 latency.benchmark(profile, device, extent, output, deadline, others)
         else:

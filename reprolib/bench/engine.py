@@ -61,33 +61,75 @@ def rest(look_s: float = REST_S) -> None:
 # --- The network as an ONNX file ------------------------------------------------------------------------------------
 
 
-def to_onnx(layers: list[str], arrays: dict[str, np.ndarray], input_shape: tuple[int, ...]) -> bytes:
-    """The content of an ONNX file for a stack of layers, of a fixed batch: ``conv``, ``relu``, ``pool``, ``flatten``,
-    ``linear``.
+def to_onnx(operations: list[dict], arrays: dict[str, np.ndarray], input_shape: tuple[int, ...]) -> bytes:
+    """The content of an ONNX file for a network of one input, of a fixed batch.
 
-    The weight and bias of layer i are ``weight<i>`` and ``bias<i>`` of `arrays`; convolutions keep the size of the map.
+    `operations` are those of `reprolib.sparse.operations`, as dictionaries with their ``kind``; value 0 is the input,
+    value i what operation i - 1 gives. A layer's weight and bias are ``weight <name>`` and ``bias <name>`` of `arrays`.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes, constants, x = [], [], "images"
-    for i, kind in enumerate(layers):
-        parameters = [f"{name}{i}" for name in ("weight", "bias")] if kind in ("conv", "linear") else []
-        constants += [numpy_helper.from_array(arrays[name], name) for name in parameters]
-        operator, settings = {
-            "conv": ("Conv", {"pads": [arrays[f"weight{i}"].shape[-1] // 2] * 4 if kind == "conv" else []}),
-            "relu": ("Relu", {}),
-            "pool": ("MaxPool", {"kernel_shape": [2, 2], "strides": [2, 2]}),
-            "flatten": ("Flatten", {}),
-            "linear": ("Gemm", {"transB": 1}),
-        }[kind]
-        y = "logits" if i == len(layers) - 1 else f"x{i}"
-        nodes.append(helper.make_node(operator, [x, *parameters], [y], **settings))
-        x = y
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, input_shape)
+    nodes, constants = (
+        [],
+        [numpy_helper.from_array(np.float32(6), "six"), numpy_helper.from_array(np.float32(0), "zero")],
+    )
+    for number, operation in enumerate(operations, 1):
+        stages = _nodes(operation)
+        names = [f"x{number}.{i}" for i in range(len(stages) - 1)]
+        names.append("logits" if number == len(operations) else f"x{number}")
+        before = ""
+        for (operator, inputs, settings), name in zip(stages, names, strict=True):
+            nodes.append(helper.make_node(operator, [before if x == "" else x for x in inputs], [name], **settings))
+            before = name
+        constants += [numpy_helper.from_array(arrays[x], x) for _, inputs, _ in stages for x in inputs if " " in x]
+    images = helper.make_tensor_value_info("x0", TensorProto.FLOAT, input_shape)
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "network", [images], [logits], constants)
+    unique = list({constant.name: constant for constant in constants}.values())
+    graph = helper.make_graph(nodes, "network", [images], [logits], unique)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     return model.SerializeToString()
+
+
+def _nodes(operation: dict) -> list[tuple[str, list[str], dict]]:
+    """Operator, inputs and settings of each ONNX node of an operation; the input "" is what the node before gives."""
+    given = operation.get("sources", [operation.get("source")])
+    inputs = [f"x{value}" for value in given]
+    if operation.get("other") is not None:
+        inputs.append(f"x{operation['other']}")
+    match operation["kind"]:
+        case "Convolution":
+            settings = {"pads": [*operation["padding"]] * 2, "strides": operation["stride"]}
+            settings |= {"dilations": operation["dilation"], "group": operation["groups"]}
+            found = [("Conv", [*inputs, *(f"{part} {operation['weight']}" for part in ("weight", "bias"))], settings)]
+        case "Linear":
+            parts = [f"{part} {operation['weight']}" for part in ("weight", "bias")]
+            found = [("Gemm", [*inputs, *parts], {"transB": 1})]
+        case "MaxPool":
+            settings = {"kernel_shape": operation["kernel"], "strides": operation["stride"]}
+            found = [("MaxPool", inputs, settings | {"pads": [*operation["padding"]] * 2})]
+        case "Concatenation":
+            found = [("Concat", inputs, {"axis": 1})]
+        case "Activation":
+            return _activation(operation["activation"], inputs[0])
+        case kind:
+            found = [
+                ({"Mean": "GlobalAveragePool", "Flatten": "Flatten", "Sum": "Add", "Product": "Mul"}[kind], inputs, {})
+            ]
+    if operation.get("addend") is not None:
+        found.append(("Add", ["", f"x{operation['addend']}"], {}))
+    if operation.get("activation"):
+        found += _activation(operation["activation"], "")
+    if operation.get("pool"):
+        found.append(("MaxPool", [""], {"kernel_shape": [2, 2], "strides": [2, 2]}))
+    return found
+
+
+def _activation(name: str, x: str) -> list[tuple[str, list[str], dict]]:
+    simple = {"relu": ("Relu", [x], {}), "relu6": ("Clip", [x, "zero", "six"], {}), "sigmoid": ("Sigmoid", [x], {})}
+    simple["hardsigmoid"] = "HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}
+    if name not in simple:
+        raise ValueError(f"the activation {name} has no ONNX operator of the version that all engines read")
+    return [simple[name]]
 
 
 # --- The engines, each at its best settings for one batch after the other -------------------------------------------
@@ -122,7 +164,7 @@ def onnxruntime(model: bytes, batch: int, threads: int, dtype: str) -> Callable[
     options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"images": x})[0]
+    return lambda x: session.run(None, {"x0": x})[0]
 
 
 ENGINES = {"DeepSparse": deepsparse, "OpenVINO": openvino, "ONNX Runtime": onnxruntime}
@@ -142,7 +184,7 @@ def networks_of(name: str, threads: int) -> tuple[str, Callable[[str, str], Call
     def load(weights: str, dtype: str) -> Call:
         with np.load(weights) as arrays:
             images = arrays["images"]  # [inputs, batch, 3, height, width]
-            model = to_onnx(arrays["layers"].tolist(), arrays, images.shape[1:])
+            model = to_onnx(json.loads(str(arrays["operations"])), arrays, images.shape[1:])
         run = build(model, images.shape[1], threads, dtype)
         turns = itertools.cycle(images)
         return lambda: run(next(turns))

@@ -28,6 +28,7 @@ from reprolib.bench.rivals import (
     kernel_type,
     layer_contenders,
     network_contenders,
+    torchvision_contenders,
 )
 from reprolib.bench.timing import Contender, measure
 from reprolib.experiments import records
@@ -65,6 +66,12 @@ LAYERS = (
 )
 SURVEY: Specs = tuple((name, spec, sparsity) for name, spec in PATTERNS.items() for sparsity in SPARSITIES)
 
+# Networks of torchvision, for images of 224 x 224 pixels: name, layers, weights and multiply-adds for an image.
+IMAGE_SIZE = 224
+NETWORKS = {"resnet18": ("ResNet-18", 21, 11.7e6, 1.8e9), "resnet50": ("ResNet-50", 54, 25.6e6, 4.1e9)}
+NETWORK_BATCHES = (1, 16)
+NETWORK_SPECS = tuple(spec for spec in SURVEY if spec[0] in CONDITIONED and spec[-1] == SHORT_SPARSITY)
+
 # What a contest takes, in seconds on two idle cores with AVX2. The estimate begins with them, and then learns from the
 # contests that are done: shares matter more than sizes. Those of a GPU are a guess.
 LAYER_S, WEIGHTS_S = 0.04, 0.2  # to prepare a layer, and a million weights: masks, formats, code
@@ -100,18 +107,18 @@ def benchmark(
     """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
 
     ``own``: the profile's networks; ``all``: also full-width VGG-16, its layers, and other numbers of threads;
-    ``short``: of those only full-width VGG-16, one sparsity. What tells most comes first; a line says of each contest
-    what came out and what time is left.
+    ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images instead. What
+    tells most comes first; a line says of each contest what came out and what time is left.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
 
-    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer; ceiling: what bounds
-    the layers; conditions: on fewer threads and with swept caches; first look: one network, before all others, that no
-    figure shows), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of the pruned layers),
-    implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup (over the fastest
-    dense one, by whichever engine, of the same contest and of the type of the kernels: fp32 on a CPU, fp16 on a GPU),
-    kind (measured), commit, hardware, threads, torch.
+    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer, larger network;
+    ceiling: what bounds the layers; conditions: on fewer threads and with swept caches; first look: one network, before
+    all others, that no figure shows), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of
+    the pruned layers), implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup
+    (over the fastest dense one, by whichever engine, of the same contest and of the type of the kernels: fp32 on a CPU,
+    fp16 on a GPU), kind (measured), commit, hardware, threads, torch.
 
     Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """
@@ -205,6 +212,9 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
         yield from (network(1.0, 0, batch, specs) for batch in batches)
         yield from _conditions(device)
         return
+    if extent == "networks":
+        yield from _larger_networks(device, peers)
+        return
     survey = extent == "all"
     own = profile_specs(profile)
     if survey:
@@ -241,6 +251,15 @@ def _conditions(device: str) -> Iterator[Contest]:
         name = {"scope": "conditions", "name": "VGG-16 ×1", "width": 1.0, "batch": batch, "seed": 0, "device": device}
         effort = effort_s(VGG_LAYERS, VGG_WEIGHTS, VGG_MACS, batch, device, 3 * len(specs), batch > 1)
         yield Contest(name, partial(condition_contenders, batch, specs), effort)
+
+
+def _larger_networks(device: str, peers: Peers | None) -> Iterator[Contest]:
+    for name, (title, layers, weights, macs) in NETWORKS.items():
+        for batch in NETWORK_BATCHES:
+            about = {"scope": "larger network", "name": f"{title}, {IMAGE_SIZE}×{IMAGE_SIZE}", "width": 1.0}
+            prepare = partial(torchvision_contenders, name, IMAGE_SIZE, batch, NETWORK_SPECS, peers)
+            effort = effort_s(layers, weights, macs, batch, device, len(NETWORK_SPECS), batch > 1)
+            yield Contest(about | {"batch": batch, "seed": 0, "device": device}, prepare, effort)
 
 
 def effort_s(

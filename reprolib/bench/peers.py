@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from reprolib import sparse
 from reprolib.bench import engine
 from reprolib.bench.timing import Contender, rotating
 from reprolib.files import environment
@@ -30,7 +32,6 @@ TYPES = {"DeepSparse": ("fp32",), "OpenVINO": ("fp32", "bf16"), "ONNX Runtime": 
 USES_ZEROS = "DeepSparse"  # the engine that pruned weights make faster
 COMPILED = "torch.compile"
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit
-KINDS = {nn.Conv2d: "conv", nn.ReLU: "relu", nn.MaxPool2d: "pool", nn.Flatten: "flatten", nn.Linear: "linear"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _process(command: list) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
-def dense_contenders(model: nn.Sequential, images: list[Tensor], peers: Peers) -> Iterator[Contender]:
+def dense_contenders(model: nn.Module, images: list[Tensor], peers: Peers) -> Iterator[Contender]:
     """A dense network, batch norm folded into it, by torch's compiler and by every engine, in the usable types."""
     with torch.inference_mode():
         expected = model(images[0])
@@ -143,8 +144,8 @@ def dense_contenders(model: nn.Sequential, images: list[Tensor], peers: Peers) -
                 yield peer_contender(peer, model, images, dtype)
 
 
-def peer_contender(peer: Peer, model: nn.Sequential, images: list[Tensor], dtype: str = "fp32", **about) -> Contender:
-    """A network, batch norm folded into it, as an engine runs it; `about` says how it was pruned."""
+def peer_contender(peer: Peer, model: nn.Module, images: list[Tensor], dtype: str = "fp32", **about) -> Contender:
+    """A network as an engine runs it, batch norm folded into it; `about` says how it was pruned."""
     network = next(peer.numbers)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "network.npz"
@@ -161,14 +162,19 @@ def peer_contender(peer: Peer, model: nn.Sequential, images: list[Tensor], dtype
         return checked(contender, model(images[0]))
 
 
-def write_network(path: Path, model: nn.Sequential, images: list[Tensor]) -> None:
-    """Layers, weights and inputs as the file that `engine` loads. Raises ValueError for a layer unknown there."""
-    unknown = [type(module).__name__ for module in model if type(module) not in KINDS]
-    if unknown:
-        raise ValueError(f"engines get convolutions, ReLU, max-pools and linear layers, not {unknown[0]}")
-    arrays = {"layers": np.array([KINDS[type(module)] for module in model])}
-    for i, module in enumerate(model):
-        arrays |= {f"{name}{i}": value.detach().numpy() for name, value in module.named_parameters()}
+def write_network(path: Path, model: nn.Module, images: list[Tensor]) -> None:
+    """Operations, weights and inputs as the file that `engine` loads. Raises ValueError for a network that torch has to
+    run a part of.
+    """
+    found = sparse.sparsify(model, dense=True)
+    networks = sparse.networks(found)
+    if len(networks) != 1 or set(found.children()) != set(networks) or len(networks[0].graph.inputs) != 1:
+        raise ValueError("engines get networks whose operations our kernels have, all of them")
+    [network] = networks
+    operations = [{"kind": type(o).__name__} | dataclasses.asdict(o) for o in network.graph.operations]
+    arrays = {"operations": np.array(json.dumps(operations))}
+    for name, pair in network.arrays().items():
+        arrays |= {f"{part} {name}": array for part, array in zip(("weight", "bias"), pair, strict=True)}
     np.savez(path, images=torch.stack(images).numpy(), **arrays)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fusion
+from torch.fx.experimental import optimization
 
 from reprolib import pruning, sparse
 from reprolib.bench import engine, peers
@@ -24,7 +24,6 @@ from reprolib.bench.timing import Contender, rotating
 from reprolib.models import vgg16
 from reprolib.patterns import gemm_view, parse
 from reprolib.sparse import cpu, cuda, portable
-from reprolib.sparse.layers import SparseConv2d
 from reprolib.training.precision import usable
 
 SPARSE = "sparse kernels"
@@ -56,6 +55,29 @@ def network_contenders(
     dense, sparse_models = _networks(width, seed, device, specs)
     generator = torch.Generator().manual_seed(seed)
     images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
+    return _contenders(dense, sparse_models, images, device, specs, others, (width, seed) == (1.0, 0))
+
+
+def torchvision_contenders(
+    name: str, size: int, batch: int, specs: Specs, others: peers.Peers | None
+) -> list[Contender]:
+    """The same with a network of torchvision, on a CPU, for images ``[batch, 3, size, size]``."""
+    dense, sparse_models = _torchvision_networks(name, specs)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(batch, 3, size, size, generator=generator) for _ in range(INPUTS)]
+    return _contenders(dense, sparse_models, images, "cpu", specs, others, True)
+
+
+def _contenders(
+    dense: nn.Module,
+    sparse_models: list[tuple[dict, nn.Module]],
+    images: list[Tensor],
+    device: str,
+    specs: Specs,
+    others: peers.Peers | None,
+    all_peers: bool,
+) -> list[Contender]:
+    """All that run a dense network or what `specs` make of it; `all_peers`: the pruned ones by others, too."""
     found = list(_dense_contenders(_folded(dense), images, device))
     found += [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
     if device == "cpu" and cpu.instruction_sets(pairs=True):
@@ -65,7 +87,7 @@ def network_contenders(
     if others:
         found += peers.dense_contenders(_folded(dense), images, others)
         for peer in others.engines:
-            if peer.name == peers.USES_ZEROS and (width, seed) == (1.0, 0):
+            if peer.name == peers.USES_ZEROS and all_peers:
                 pruned = (_pruned(dense, *spec) for spec in specs)
                 found += [peers.peer_contender(peer, _folded(model), images, **about) for about, model in pruned]
     return found
@@ -126,11 +148,25 @@ def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Mo
     with torch.random.fork_rng(devices=[]):  # layers know no generator but the global one
         torch.manual_seed(seed)
         dense = vgg16(10, width).eval()
+    return dense, _sparsified(dense, device, specs)
+
+
+@lru_cache(maxsize=1)
+def _torchvision_networks(name: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
+    from torchvision import models  # here: it takes a second
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = models.get_model(name, weights=None).eval()
+    return dense, _sparsified(dense, "cpu", specs)
+
+
+def _sparsified(dense: nn.Module, device: str, specs: Specs) -> list[tuple[dict, nn.Module]]:
     found = [({}, sparse.sparsify(dense, device, dense=True))]
     for spec in specs:
         about, model = _pruned(dense, *spec)
         found.append((about, sparse.sparsify(model, device)))
-    return dense, found
+    return found
 
 
 def _pruned(dense: nn.Module, pattern: str, spec: str, sparsity: float) -> tuple[dict, nn.Module]:
@@ -182,15 +218,9 @@ def ceilings(device: str) -> list[Contender]:
     ]
 
 
-def _folded(model: nn.Sequential) -> nn.Sequential:
+def _folded(model: nn.Module) -> nn.Module:
     """The model with every batch norm folded into the convolution before it."""
-    layers = []
-    for module in model:
-        if isinstance(module, nn.BatchNorm2d):
-            layers[-1] = fusion.fuse_conv_bn_eval(layers[-1], module)
-        else:
-            layers.append(module)
-    return nn.Sequential(*layers).eval()
+    return optimization.fuse(model)
 
 
 def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:
@@ -228,12 +258,11 @@ def _runs_in_engine(device: str) -> bool:
 
 
 def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, **about) -> Contender:
-    layer = SparseConv2d.from_dense(conv, relu=True)
+    [network] = sparse.networks(sparse.sparsify(nn.Sequential(conv, nn.ReLU()).eval(), dense=True))
     if _runs_in_engine(device):
-        isa = cpu.instruction_sets()[0]
-        n = min(len(images[0]), isa.LANES)
-        program = cpu.Program([layer.for_engine()], *images[0].shape[2:], n, isa)
-        calls = [program.alone(x.numpy(), torch.get_num_threads()) for x in images]
+        engine = network.engine()
+        program = engine.program((images[0].shape[1:],), min(len(images[0]), engine.isa.LANES))
+        calls = [program.alone([x.numpy()], torch.get_num_threads()) for x in images]
 
         def once(call: tuple) -> Callable:
             again, results = call
@@ -242,7 +271,7 @@ def _sparse_layer_contender(conv: nn.Conv2d, images: list[Tensor], device: str, 
 
         return Contender(SPARSE, kernel_type(device), rotating(once, calls, device), spins=False, **about)
     kernels = portable if device == "cpu" else cuda
-    plan = layer.plan(kernels, torch.device(device), 1)
+    plan = network.plan(network.graph.operations[0], kernels, torch.device(device), 1)
     inputs = [kernels.to_layout(x.to(device), 1).clone() for x in images]
     return Contender(SPARSE, kernel_type(device), rotating(lambda x: kernels.conv(x, plan), inputs, device), **about)
 

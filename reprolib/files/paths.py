@@ -53,6 +53,11 @@ def short_latency_csv(profile: str) -> Path:
     return results(profile) / "latency-short.csv"
 
 
+def networks_latency_csv(profile: str) -> Path:
+    """What ``make bench-networks`` measures."""
+    return results(profile) / "latency-networks.csv"
+
+
 def training_csv(profile: str) -> Path:
     """What ``make bench-train`` measures."""
     return results(profile) / "training.csv"

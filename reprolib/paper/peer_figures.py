@@ -153,12 +153,20 @@ def _point(axis: plt.Axes, row: tuple, y: int, color: str, marker: str, filled: 
     )
 
 
+def network_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """`peer_table` of each network, by its name."""
+    return {name: peer_table(part) for name, part in rows.groupby("name", sort=False)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The table of what make bench-peers SHORT=1 measured.")
+    parser = argparse.ArgumentParser(description="The tables of make bench-peers SHORT=1 and make bench-networks.")
     parser.add_argument("profile")
-    found = paths.short_latency_csv(parser.parse_args().profile)
+    parser.add_argument("--networks", action="store_true", help="those of larger networks")
+    arguments = parser.parse_args()
+    found = (paths.networks_latency_csv if arguments.networks else paths.short_latency_csv)(arguments.profile)
     if found.exists():  # not where the benchmark ran out of time
-        print(peer_table(peer_rows(records.read_csv(found))).to_markdown())
+        for name, table in network_tables(peer_rows(records.read_csv(found))).items():
+            print(f"{name}\n\n{table.to_markdown()}\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,6 @@
 from reprolib.sparse.formats import pack
 from reprolib.sparse.network import SparseNetwork
 from reprolib.sparse.saving import load, save
-from reprolib.sparse.sparsify import describe, sparsify
+from reprolib.sparse.sparsify import describe, networks, sparsify
 
-__all__ = ["SparseNetwork", "describe", "load", "pack", "save", "sparsify"]
+__all__ = ["SparseNetwork", "describe", "load", "networks", "pack", "save", "sparsify"]

@@ -102,6 +102,7 @@ class SparseNetwork(nn.Module):
         self.graph = operations.fused(graph)
         self.dtype = dtype  # of what is multiplied; sums are float32 always
         low = dtype if dtype == torch.bfloat16 else None
+        self.names = tuple(weights)  # of the layers, as in the network that they come from
         self.layers = nn.ModuleDict({_key(name): KeptWeights(*pair, low) for name, pair in weights.items()})
         self._prepared = _Prepared()
         self._handle = _handle(self)
@@ -113,11 +114,6 @@ class SparseNetwork(nn.Module):
 
     def layer(self, name: str) -> KeptWeights:
         return self.layers[_key(name)]
-
-    @property
-    def names(self) -> list[str]:
-        """Of the layers, as in the network that they come from."""
-        return [_name(key) for key in self.layers]
 
     def train(self, mode: bool = True) -> SparseNetwork:
         if mode:
@@ -177,7 +173,7 @@ class SparseNetwork(nn.Module):
         if not like.is_floating_point():  # torch says so
             like = self.layers[next(iter(self.layers))].bias
         about = "dense", like.device, like.dtype
-        return {_name(key): layer.once(about, pair(layer)) for key, layer in self.layers.items()}
+        return {name: self.layer(name).once(about, pair(self.layer(name))) for name in self.names}
 
     def _whole(self, batches: list[Tensor]) -> list[Tensor]:
         """All in one call of the engine that makes code for the weights."""
@@ -196,7 +192,7 @@ class SparseNetwork(nn.Module):
 
     def arrays(self) -> dict:
         """Weights and biases with their zeros, as float32 arrays, by layer."""
-        pairs = {_name(key): (layer.weight(), layer.bias) for key, layer in self.layers.items()}
+        pairs = {name: (self.layer(name).weight(), self.layer(name).bias) for name in self.names}
         return {name: tuple(part.float().contiguous().numpy() for part in pair) for name, pair in pairs.items()}
 
     # --- Kernels for one layer at a time ------------------------------------------------------------------------------
@@ -223,7 +219,7 @@ class SparseNetwork(nn.Module):
                 if x is None:
                     maps = values[source]
                     x = backend.to_layout(maps if maps.dim() == 4 else maps[:, :, None, None], self._halo(operation))
-                y = backend.conv(x, self._plan(first, backend, batches[0].device, self._halo(follower)))
+                y = backend.conv(x, self.plan(first, backend, batches[0].device, self._halo(follower)))
                 if follower:
                     packed[value] = y
                     values.append(None)
@@ -247,7 +243,7 @@ class SparseNetwork(nn.Module):
         """Pixels of zeros that kernels expect around the input."""
         return operation.padding[0] if isinstance(operation, Convolution) else 0
 
-    def _plan(self, operation: Convolution | Linear, backend: ModuleType, device: torch.device, halo_out: int):
+    def plan(self, operation: Convolution | Linear, backend: ModuleType, device: torch.device, halo_out: int):
         """What `backend` works from, prepared once."""
         layer = self.layer(operation.weight)
         options = {"relu": operation.activation == "relu", "pool": getattr(operation, "pool", False)}
@@ -318,13 +314,9 @@ def backend_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Modu
 
 
 def _key(name: str) -> str:
-    """A name for a `nn.ModuleDict`: no dot, not empty, and none of its attributes."""
+    """A name for `nn.ModuleDict`: without dots, not empty, and none of its attributes."""
     key = name.replace("/", "//").replace(".", "/")
     return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
-
-
-def _name(key: str) -> str:
-    return key.replace("//", "\0").replace("/", ".").replace("\0", "/").removeprefix(".")
 
 
 # --- For torch.compile: one operator that it does not look into -------------------------------------------------------

@@ -27,12 +27,12 @@ def sparsify(
 ) -> nn.Module:
     """A copy of a pruned network, for inference only, whose pruned layers run in kernels that skip their zeros.
 
-    What the network does is traced (`torch.fx`). Parts that have kernels for all they do become one `SparseNetwork`
-    each: convolutions and linear layers with batch norm, activations, sums, products and concatenations, pools. The
-    rest runs in torch as before: layers with hooks or a `forward` of their own, and large layers without zeros; `dense`
-    takes these too, to see what fusion alone gives. A network that can't be traced stays as it is. `describe` has the
-    reasons. The outputs are those of `model` up to rounding; on a GPU the kernels calculate in fp16 with fp32 sums.
-    What else its Python code does, such as to count calls, is not repeated.
+    What the network does is traced (`torch.fx`). Parts for which there are kernels become one `SparseNetwork` each:
+    convolutions and linear layers with batch norm, activations, sums, products and concatenations, pools. The rest runs
+    in torch as before: layers with hooks or a `forward` of their own, and large layers without zeros; `dense` takes these
+    too, to see what fusion alone gives. A network that can't be traced stays as it is. `describe` has the reasons. The
+    outputs are those of `model` up to rounding; on a GPU the kernels calculate in fp16 with fp32 sums. What else its
+    Python code does, such as to count calls, is not repeated.
 
     `device` moves the copy; by default it stays where the model is. With the `dtype` bfloat16, weights and activations
     of sparse parts are rounded to it (8 bits of a fraction), and sums stay float32: half the instructions where kept
@@ -59,7 +59,7 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
     Also one per layer with zeros that torch runs, with the reason.
     """
     rows = {}
-    for _, network in _networks(sparse_model):
+    for network in networks(sparse_model):
         for name in network.names:
             layer = network.layer(name)
             rows[name] = {
@@ -87,13 +87,14 @@ def describe(sparse_model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
 
 
+def networks(sparse_model: nn.Module) -> list[SparseNetwork]:
+    """The parts of a sparse model that kernels run."""
+    return [module for module in sparse_model.modules() if isinstance(module, SparseNetwork)]
+
+
 def holder(sparse_model: nn.Module) -> nn.Module:
     """The module that has the reasons: the first island, if there is one. Copies of a GraphModule lose attributes."""
-    return next((network for _, network in _networks(sparse_model)), sparse_model)
-
-
-def _networks(model: nn.Module) -> list[tuple[str, SparseNetwork]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseNetwork)]
+    return next(iter(networks(sparse_model)), sparse_model)
 
 
 def _runs_in(network: SparseNetwork, name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from reprolib.bench import engine, peers, rivals, timing
@@ -66,7 +67,9 @@ def fake(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(peers.tqdm, "write", told.append)
     monkeypatch.setattr(peers, "compiler_fault", lambda: "InvalidCxxCompiler: no working C++ compiler found")
-    monkeypatch.setattr(peers, "KINDS", peers.KINDS | {Mean: "flatten", Doubled: "flatten"})
+    monkeypatch.setattr(
+        peers, "write_network", lambda path, _, inputs: np.savez(path, images=torch.stack(inputs).numpy())
+    )
     with peers.running(2, Path(sys.executable), script) as found:
         yield found, told
 
@@ -259,28 +262,80 @@ def test_turn_ends_when_the_threads_are_idle(monkeypatch):
     assert now["slept"] < 0.1 + engine.LONGEST_REST_S + 2 * engine.REST_S
 
 
-def test_written_network_holds_all_that_torch_computes(tmp_path):
-    """The file, computed by hand: layers in order, weights by their number."""
+class Branches(nn.Module):
+    """All operations that engines get."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.MaxPool2d(3, 2, 1)
+        )
+        self.left, self.right = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2), nn.Conv2d(8, 8, 1)
+        self.gate, self.head = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Conv2d(16, 6, 1), nn.ReLU(), nn.MaxPool2d(2))
+        self.classifier = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = torch.relu(self.left(x) + self.right(x))
+        y = y * torch.sigmoid(self.gate(nn.functional.adaptive_avg_pool2d(y, 1)))
+        x = self.head(torch.cat([nn.functional.hardsigmoid(x), y], dim=1))
+        return self.classifier(x.mean((2, 3)))
+
+
+def by_operators(operations, arrays, images):
+    """What the nodes of the ONNX file mean, by hand."""
+    values = {"x0": images, "zero": 0.0, "six": 6.0} | arrays
+    for number, operation in enumerate(operations, 1):
+        y = None
+        for operator, inputs, settings in engine._nodes(operation):
+            a, *others = (y if name == "" else values[name] for name in inputs)
+            pads, strides = settings.get("pads", [0, 0])[:2], settings.get("strides")
+            y = {
+                "Conv": lambda: F.conv2d(a, *others, strides, pads, settings["dilations"], settings["group"]),  # noqa: B023
+                "Gemm": lambda: F.linear(a, *others),  # noqa: B023
+                "MaxPool": lambda: F.max_pool2d(a, settings["kernel_shape"], strides, pads),  # noqa: B023
+                "GlobalAveragePool": lambda: a.mean((2, 3), keepdim=True),  # noqa: B023
+                "Flatten": lambda: a.flatten(1),  # noqa: B023
+                "Add": lambda: a + others[0],  # noqa: B023
+                "Mul": lambda: a * others[0],  # noqa: B023
+                "Concat": lambda: torch.cat([a, *others], dim=settings["axis"]),  # noqa: B023
+                "Relu": lambda: a.relu(),  # noqa: B023
+                "Clip": lambda: a.clamp(*others),  # noqa: B023
+                "Sigmoid": lambda: a.sigmoid(),  # noqa: B023
+                "HardSigmoid": lambda: (settings["alpha"] * a + settings["beta"]).clamp(0, 1),  # noqa: B023
+            }[operator]()
+        values[f"x{number}"] = y
+    return y
+
+
+@pytest.mark.parametrize(("model", "size"), [(vgg16(10, 0.0625), 32), (Branches(), 20)], ids=["VGG-16", "branches"])
+def test_written_network_holds_all_that_torch_computes(model, size, tmp_path):
     torch.manual_seed(0)
-    model = rivals._folded(vgg16(10, 0.0625).eval()).requires_grad_(False)
-    inputs = [torch.randn(2, 3, 32, 32) for _ in range(2)]
+    model = model.eval().requires_grad_(False)
+    inputs = [torch.randn(2, 3, size, size) for _ in range(2)]
     peers.write_network(tmp_path / "network.npz", model, inputs)
-    with np.load(tmp_path / "network.npz") as arrays:
-        arrays = {name: torch.from_numpy(arrays[name]) if name != "layers" else arrays[name] for name in arrays}
-    assert arrays["images"].shape == (2, 2, 3, 32, 32)
-    x = arrays["images"][1]
-    for i, kind in enumerate(arrays["layers"].tolist()):
-        weight, bias = arrays.get(f"weight{i}"), arrays.get(f"bias{i}")
-        x = {
-            "conv": lambda: nn.functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2),  # noqa: B023
-            "relu": lambda: x.relu(),  # noqa: B023
-            "pool": lambda: nn.functional.max_pool2d(x, 2),  # noqa: B023
-            "flatten": lambda: x.flatten(1),  # noqa: B023
-            "linear": lambda: nn.functional.linear(x, weight, bias),  # noqa: B023
-        }[kind]()
-    torch.testing.assert_close(x, model(inputs[1]))
+    with np.load(tmp_path / "network.npz") as found:
+        operations = json.loads(str(found["operations"]))
+        arrays = {name: torch.from_numpy(found[name]) for name in found if name != "operations"}
+    torch.testing.assert_close(by_operators(operations, arrays, arrays["images"][1]), model(inputs[1]))
 
 
-def test_unknown_layer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not GELU"):
-        peers.write_network(tmp_path / "network.npz", nn.Sequential(nn.GELU()), images())
+def test_folded_network_computes_the_same():
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(2, 3, 20, 20)
+    folded = rivals._folded(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.Conv2d(3, 4, 1), nn.GELU(), nn.Conv2d(4, 4, 1)), nn.GELU()], ids=str
+)
+def test_network_that_torch_runs_a_part_of_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="all of them"):
+        peers.write_network(tmp_path / "network.npz", model.eval(), images())
+
+
+def test_activation_without_an_operator_is_refused():
+    with pytest.raises(ValueError, match="activation silu has no ONNX operator"):
+        engine._activation("silu", "x0")

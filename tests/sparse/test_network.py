@@ -13,9 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from reprolib.models import vgg16
-from reprolib.patterns import NM, Block
-from reprolib.pruning import apply_masks, make_masks, prunable
 from reprolib.sparse import SparseNetwork, cpu, cuda, describe, network, sparsify
 
 
@@ -147,26 +144,6 @@ def test_layers_whose_activations_stay_packed(make, portable, monkeypatch):
         assert error(sparsify(model), model, x) < 1e-2
 
 
-def test_network_through_the_gpu_kernels_specification(monkeypatch):
-    """The chain that a GPU would run, layer by layer in NumPy on CPU tensors: plans, halos, pools, fp16."""
-    torch.manual_seed(0)
-    model = vgg16(10, 0.25)
-    named = prunable(model)
-    apply_masks(named, make_masks(named, NM(2, 4) & Block(8, 8), dict.fromkeys(named, 0.75)))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # batch norm takes the statistics of one batch: activations of ordinary size
-    images = torch.randn(3, 3, 32, 32)
-    with torch.inference_mode():
-        model(images.repeat(3, 1, 1, 1) + 0.1 * torch.randn(9, 3, 32, 32))
-        model.eval()
-        expected = model(images)
-        monkeypatch.setattr(network, "backend_of", lambda device, dtype=torch.float32: cuda)
-        logits = sparsify(model)(images)
-    assert float((logits - expected).norm() / expected.norm()) < 0.02
-    assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
-
-
 # --- State ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,13 +229,6 @@ def test_layers_of_any_name(name, x):
     copy.deepcopy(sparse).load_state_dict(sparse.state_dict())
 
 
-def test_a_layer_alone():
-    for layer, x in ((nn.Linear(6, 4), images(2, 6)), (nn.Conv2d(3, 4, 3), images(2, 3, 5, 5))):
-        model = pruned(layer)
-        sparse = sparsify(model)
-        assert error(sparse, model, x) < 1e-5 and list(describe(sparse).index) == [""]
-
-
 # --- Types and devices ------------------------------------------------------------------------------------------------
 
 
@@ -274,12 +244,6 @@ def test_half_bfloat16_and_double(dense, dtype, tolerance, before):
         assert torch.equal(layer.values, island(sparsify(dense)).layer("stem.0").values.to(dtype))
     assert {layer.values.dtype for layer in island(sparse).layers.values() if layer.shape[0] != 8} == {dtype}
     assert error(sparse, model, x) < tolerance * 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_type_of_the_input_is_kept(sparse, x, dtype):
-    assert sparse(x.to(dtype)).dtype == dtype
-    torch.testing.assert_close(sparse(x.to(dtype)), sparse(x.to(dtype).float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -379,22 +343,6 @@ def test_batch_norm_behind_a_linear_layer_takes_rows_of_two_dimensions():
             sparsify(model)(images(*shape))
 
 
-def test_memory_of_the_input_does_not_matter_and_is_not_written_to(sparse):
-    x = images(9, 3, 4, 4)
-    before, expected = x.clone(), sparse(x)
-    assert torch.equal(sparse(x.to(memory_format=torch.channels_last)), expected)
-    assert torch.equal(sparse(x.transpose(2, 3).contiguous().transpose(2, 3)), expected)
-    assert torch.equal(sparse(x[:1].expand(9, -1, -1, -1))[8:], sparse(x[:1].repeat(9, 1, 1, 1))[:1])
-    assert torch.equal(x, before)
-
-
-def test_outputs_of_two_calls_do_not_share_memory(sparse, x):
-    first = sparse(x)
-    kept = first.clone()
-    sparse(images(3, 3, 4, 4, seed=1))
-    assert torch.equal(first, kept)
-
-
 @pytest.mark.parametrize(
     "x",
     [
@@ -414,21 +362,6 @@ def test_wrong_inputs_raise_what_torch_raises(x):
     with pytest.raises(RuntimeError) as found:
         sparsify(model)(x)
     assert str(found.value) == str(expected.value)
-
-
-@pytest.mark.parametrize("portable", [False, True])
-def test_default_type_and_device_do_not_matter(dense, x, portable, monkeypatch):
-    if portable:
-        monkeypatch.setattr(cpu, "instruction_sets", lambda pairs=False: ())
-    expected, model = sparsify(dense)(x), sparsify(dense)
-    try:
-        torch.set_default_dtype(torch.float64)
-        assert torch.equal(model(x), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    with torch.device("meta"):
-        assert torch.equal(sparsify(dense)(x), expected)
-    assert torch.equal(model(x), expected)
 
 
 # --- Threads and processes --------------------------------------------------------------------------------------------

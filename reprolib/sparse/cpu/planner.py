@@ -56,6 +56,11 @@ class Plan:
     work: tuple[Work, ...]
     images: int
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Of its layers."""
+        return [work.stage for work in self.work if work.stage]
+
 
 # --- Where values lie -------------------------------------------------------------------------------------------------
 
