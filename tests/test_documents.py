@@ -84,6 +84,7 @@ COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs_as_it_stands_there(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where files go that it writes
     with torch.random.fork_rng():
         names = {"__name__": page.stem}  # of the classes that it defines
         exec(TOLD, names)

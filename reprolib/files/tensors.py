@@ -51,7 +51,8 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             head = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: a tensor of the file would be lost, and the process with it, where somebody writes into the file.
+            stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         if _checksum(stored, head) != head.get(CHECKSUM, _checksum(stored, head)):
             raise ValueError("its checksum is another one")
         shapes = json.loads(head.get(SHAPES, "{}"))

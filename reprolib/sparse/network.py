@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,10 @@ class KeptWeights(nn.Module):
     @property
     def version(self) -> tuple:
         """Differs where weights or bias have been changed or moved."""
+        for name, tensor in self._buffers.items():
+            if tensor.is_inference():  # of a model that was copied or moved in that mode
+                with torch.inference_mode(False):
+                    self._buffers[name] = tensor.clone()
         return tuple((tensor.data_ptr(), tensor._version) for tensor in (self.bits, self.values, self.bias))
 
     @property
@@ -68,6 +73,18 @@ class KeptWeights(nn.Module):
             version, made = self.version, make()
             self._prepared[what] = version, made
         return made
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        """Other zeros may come with another number of values."""
+        bits, values = (state_dict.get(prefix + name, getattr(self, name)) for name in ("bits", "values"))
+        if bits.shape == self.bits.shape:
+            kept = int(np.unpackbits(bits.cpu().numpy(), count=self.shape.numel()).sum())
+            if values.shape != (kept,):
+                rest[-1].append(f"{prefix}bits keep {kept} weights, and {prefix}values are {tuple(values.shape)}")
+                return
+            if len(self.values) != kept:
+                self.values = self.values.new_empty(kept)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{'×'.join(map(str, self.shape))}, sparsity={self.sparsity:.4f}"
@@ -114,8 +131,12 @@ class SparseNetwork(nn.Module):
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`forward`, without a look at gradients."""
-        device = inputs[0].device
+        device, own = inputs[0].device, next(self.buffers()).device
         backend = backend_of(device, self.dtype)
+        if device != own:
+            raise RuntimeError(
+                f"the input is on device {device}, the sparse model on {own}: move one of them with .to()"
+            )
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else inputs[0].dtype
         batches = _batches(self.graph, inputs)
         if batches is None:
@@ -149,6 +170,8 @@ class SparseNetwork(nn.Module):
         def pair(layer: KeptWeights):
             return lambda: tuple(part.to(like.device, like.dtype) for part in (layer.weight(), layer.bias))
 
+        if not like.is_floating_point():  # torch says so
+            like = self.layers[next(iter(self.layers))].bias
         about = "dense", like.device, like.dtype
         return {name: self.layer(name).once(about, pair(self.layer(name))) for name in self.names}
 
@@ -201,7 +224,7 @@ class SparseNetwork(nn.Module):
                     packed[value] = y
                     values.append(None)
                     continue
-                y = backend.from_layout(y, len(batches[0]))
+                y = backend.from_layout(y, len(batches[0])).to(batches[0].dtype)  # the type that torch goes on with
                 y = y.flatten(1) if isinstance(operation, Linear) else y
                 values.append(operations.finish(rest, y, values) if rest else y)
         return [values[output] for output in self.graph.outputs]
@@ -291,8 +314,9 @@ def backend_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Modu
 
 
 def _key(name: str) -> str:
-    """Modules have names without dots, and not empty ones."""
-    return name.replace(".", "/") or "/"
+    """A name for `nn.ModuleDict`: without dots, not empty, and none of its attributes."""
+    key = name.replace("/", "//").replace(".", "/")
+    return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
 
 
 # --- For torch.compile: one operator that it does not look into -------------------------------------------------------

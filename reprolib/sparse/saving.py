@@ -20,7 +20,7 @@ from reprolib.files import tensors
 from reprolib.sparse import operations, seams
 from reprolib.sparse.network import SparseNetwork, backend_of
 from reprolib.sparse.operations import Graph, Operation
-from reprolib.sparse.sparsify import REASONS, holder
+from reprolib.sparse.sparsify import REASONS, holder, networks
 
 FORMAT, VERSION = "reprolib sparse model", 1
 KINDS = {kind.__name__: kind for kind in get_args(Operation)}
@@ -37,7 +37,7 @@ def save(sparse_model: nn.Module, path: str | Path, *, dtype: torch.dtype | None
     for another `dtype`, and for weights too large for float16.
     """
     model = getattr(sparse_model, "_orig_mod", sparse_model)  # of torch.compile
-    if not isinstance(model, fx.GraphModule) or not isinstance(holder(model), SparseNetwork):
+    if not (isinstance(model, fx.GraphModule) and networks(model)):
         raise ValueError(
             f"{type(model).__name__} has no sparse part of its own: give save what sparsify returned (describe says "
             "what stayed dense); the weights of a dense network are kept with torch.save(model.state_dict(), path)"
@@ -101,9 +101,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> nn.Modul
         model = _model(json.loads(notes["network"]), found)
     except Exception as problem:  # of a text that is not ours nearly any comes
         raise ValueError(f"{path} is damaged ({problem!r}): save the model again") from None
-    for module in model.modules():
-        if isinstance(module, SparseNetwork):
-            backend_of(torch.device(device or "cpu"), module.dtype)
+    for network in networks(model):
+        backend_of(torch.device(device or "cpu"), network.dtype)
     return model if device is None else model.to(device)
 
 

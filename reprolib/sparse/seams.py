@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from reprolib.sparse.capture.network import two_dimensional
+from reprolib.sparse.capture.network import Again, two_dimensional
 from reprolib.sparse.capture.tracing import IN_PLACE_OPERATORS, check_arguments, has_hooks
 
 REMEDY = "keep it with torch.save(sparse_model, path), which needs its code when it is loaded"
@@ -148,7 +148,7 @@ def _written(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any]:
 
 def graph_of(nodes: list[dict[str, Any]], known: set[str]) -> fx.Graph:
     """The graph of these nodes, which may name modules and tensors that are `known`. Raises ValueError."""
-    graph = fx.Graph()
+    graph = fx.Graph(tracer_cls=Again)
     made: list[fx.Node] = []
     for number, written in enumerate(nodes):
         op, name = written["op"], written["target"]

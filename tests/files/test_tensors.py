@@ -84,6 +84,13 @@ def test_notes_come_back(tmp_path):
     assert tensors.notes(tmp_path / "w.safetensors") == {"of": "VGG-16 – pruned", "version": "1"}
 
 
+def test_what_was_read_does_not_need_the_file(tmp_path):
+    tensors.write(tmp_path / "w.safetensors", {"w": torch.ones(1 << 16)})
+    found = tensors.read(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    assert found["w"].sum() == 1 << 16
+
+
 # --- Files that are damaged, foreign, or older ------------------------------------------------------------------------
 
 

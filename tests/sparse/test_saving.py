@@ -287,7 +287,7 @@ SEAMS = [
     lambda x: F.gelu(x) * torch.softmax(x, 1),
     lambda x: F.adaptive_max_pool2d(x, 3),
     lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
-    lambda x: x.T.permute(3, 2, 1, 0),
+    lambda x: x.mT.transpose(2, 3),
     lambda x: torch.where(x > 0, x, 1 / (2 - x) ** 2),
     lambda x: x.clone().add_(1).index_select(1, torch.tensor([3, 2, 1, 0])),
     nn.GroupNorm(2, 4),
@@ -447,6 +447,16 @@ def set_operation(**values):
     return lambda text: text["modules"]["island0"]["operations"][0].update(values)
 
 
+def call_module(name):
+    """Call a module that needs no tensors under this name."""
+
+    def edit(text):
+        text["modules"][name] = {"kind": "Tanh", "arguments": {}}
+        node("call_module", "circular")(text)["target"] = name
+
+    return edit
+
+
 WRONG = {
     "a function of Python": set_node("call_function", "functional.max_pool2d", target="os.system"),
     "eval": set_node("call_function", "functional.max_pool2d", target="builtins.eval"),
@@ -459,18 +469,11 @@ WRONG = {
     ),
     "code as an argument's name": set_node("placeholder", "x", target="x=__import__('os').system('true')"),
     "code as a keyword": set_node("call_method", "mean", kwargs=[["dim=(print(1))", 1]]),
-    "code as a module's name": lambda text: (
-        text["modules"].update({'a", print(1)) or ("': text["modules"]["circular"]}),
-        set_node("call_module", "circular", target='a", print(1)) or ("')(text),
-    ),
-    "a name of Python's": lambda text: (
-        text["modules"].update({"__class__": text["modules"]["circular"]}),
-        set_node("call_module", "circular", target="__class__")(text),
-    ),
-    "a name of torch.fx": lambda text: (
-        text["modules"].update({"forward": text["modules"]["circular"]}),
-        set_node("call_module", "circular", target="forward")(text),
-    ),
+    "code as a module's name": call_module('a", print(1)) or ("'),
+    "a name of Python's": call_module("__class__"),
+    "a name of torch.fx": call_module("forward"),
+    "an attribute of torch.fx": call_module("meta"),
+    "a name below one of torch.fx": call_module("_modules.a"),
     "a class name that is code": lambda text: text.update(name="A; print(1)"),
     "a module of somebody": lambda text: text["modules"]["circular"].update(kind="os.system"),
     "a module that is none": lambda text: text["modules"]["circular"].update(kind="Module"),

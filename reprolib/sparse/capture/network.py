@@ -92,7 +92,7 @@ def _assembled(
     """Seams as they are, in the order of their levels, and a call of each island."""
     island_of = {node: number for number, island in enumerate(islands) for unit in island for node in unit.nodes}
     unused = _unused(graph, islands)
-    result, copies, names, calls = fx.Graph(), {}, {}, set()
+    result, copies, names, calls = fx.Graph(tracer_cls=Again), {}, {}, set()
     for node in graph.nodes:
         if node.op == "placeholder":
             copies[node] = result.node_copy(node)
@@ -205,3 +205,10 @@ def two_dimensional(rows: Tensor) -> Tensor:
             f"input of shape {tuple(rows.shape)} is not [N, features]: a batch norm is folded into a linear layer here"
         )
     return rows
+
+
+class Again(fx.Tracer):
+    """Makes the graph again from its code, where a network with islands is unpickled."""
+
+    def __init__(self):
+        super().__init__(autowrap_functions=(check_arguments, two_dimensional))
