@@ -639,7 +639,7 @@ def test_checkpoints(tmp_path):
             r"could not be called \(.*'classes'\): give its arguments as name=value",
         ),
         ("reprolib.models:vgg16 3", {}, "argument '3' of the network is not name=value"),
-        ("reprolib.models:VGG16", {}, "could not be called"),
+        ("reprolib.models:NAMES", {}, "could not be called"),
         ("builtins:dict", {}, "builtins:dict gives a dict, and a torch.nn.Module is needed"),
         ("torch.nn:Identity", {"w": torch.ones(1)}, "does not fit the network, are its arguments right?"),
         ("torch.nn:Identity", {"model": 7}, r"c\.pt has no state_dict \(int\)"),
