@@ -5,8 +5,6 @@ import gc
 import io
 import os
 import pickle
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -20,9 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reprolib.files import paths
 from reprolib.patterns import parse
-from reprolib.sparse import SparseNetwork, compilation, cpu, describe, sparsify
+from reprolib.sparse import SparseNetwork, cpu, describe, sparsify
 from reprolib.sparse.cpu import encoder, generator, network, planner
 from reprolib.sparse.operations import Convolution, Graph
 
@@ -293,6 +290,18 @@ def test_pages_are_not_writable_and_executable_at_once():
     assert rights == {"r-xp"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(pruned, dtype):
+    x = torch.randn(9, 3, 8, 8)
+    expected = sparsify(pruned)(x)
+    torch.set_default_dtype(dtype)
+    try:
+        made = sparsify(pruned)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.dtype == torch.float32 and torch.equal(made, expected)
+
+
 def test_system_that_forbids_code_gets_the_portable_kernels(pruned, monkeypatch):
     x, expected = torch.randn(2, 3, 8, 8), sparsify(pruned)(torch.randn(2, 3, 8, 8)).shape
 
@@ -334,70 +343,3 @@ def test_each_kept_weight_is_multiplied_once_in_order(c_out, c_in, taps, density
     for chunk, (first, last) in enumerate(pairwise(starts)):
         order = list(zip(tap[first:last], channel[first:last], row[first:last], strict=True))
         assert order == sorted(order) and set(group[first:last]) <= {chunk_groups[chunk]}
-
-
-# --- Numba ------------------------------------------------------------------------------------------------------------
-
-USE = "import torch; from reprolib.sparse import sparsify; model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)); "
-USE += "model = model.eval().requires_grad_(False); model[0].weight[0] = 0; "
-USE += "print(sparsify(model)(torch.zeros(1, 2, 3, 3)).shape)"
-
-
-def python(command, **variables):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA")}
-    environment = kept | {"PYTHONPATH": str(paths.ROOT)} | variables
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-
-
-def test_damaged_cache_is_told_and_mended(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "from reprolib.sparse.compilation import compiled\n\n@compiled()\ndef f(x):\n    return x + 1\n\nprint(f(1))\n"
-    )
-    cache = tmp_path / "cache"
-    assert python([program], NUMBA_CACHE_DIR=str(cache)).stderr == ""
-    for path in cache.rglob("*.nb*"):
-        path.write_bytes(path.read_bytes()[:20])
-    damaged, mended = (python([program], NUMBA_CACHE_DIR=str(cache)) for _ in range(2))
-    assert damaged.stdout == mended.stdout == "2\n"
-    assert "a compiled kernel could not be read" in damaged.stderr and "Traceback" not in damaged.stderr
-    assert mended.stderr == ""
-
-
-def test_changes_of_other_files_are_seen(tmp_path):
-    """A kernel holds the code of what it calls, and constants: Numba's cache looks at the kernel's own file only."""
-    (tmp_path / "inner.py").write_text(
-        "from reprolib.sparse.compilation import compiled\n\nN = 1\n\n@compiled()\ndef g(x):\n    return x + N\n"
-    )
-    (tmp_path / "program.py").write_text(
-        "from reprolib.sparse.compilation import compiled\nfrom inner import g\n\n@compiled()\ndef f(x):\n"
-        "    return g(x)\n\nprint(f(1), f.stats.cache_hits[f.signatures[0]] if f.stats.cache_hits else 0)\n"
-    )
-    folder = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert [python([tmp_path / "program.py"], **folder).stdout for _ in range(2)] == ["2 0\n", "2 1\n"]
-    inner = tmp_path / "inner.py"
-    inner.write_text(inner.read_text().replace("N = 1", "N = 10"))
-    assert python([tmp_path / "program.py"], **folder).stdout == "11 0\n"
-
-
-def test_numba_without_a_folder_for_its_cache(monkeypatch, capsys):
-    compilation._say.cache_clear()
-    monkeypatch.setattr(compilation.numba, "njit", no_folder(compilation.numba.njit))
-    assert compilation.compiled()(lambda x: x + 1)(1) == 2
-    assert "no folder for compiled kernels can be written" in capsys.readouterr().err
-
-
-def no_folder(njit):
-    def refuse(cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    return refuse
-
-
-def test_numba_that_may_not_compile_is_refused():
-    done = python(["-c", USE], NUMBA_DISABLE_JIT="1")
-    assert "NUMBA_DISABLE_JIT is set, and sparse kernels are compiled by Numba: unset it" in done.stderr
