@@ -220,7 +220,7 @@ def ceilings(device: str) -> list[Contender]:
 
 def _folded(model: nn.Module) -> nn.Module:
     """The model with every batch norm folded into the convolution before it."""
-    return optimization.fuse(model)
+    return optimization.fuse(model).eval()
 
 
 def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:
