@@ -43,7 +43,7 @@ def test_verdicts_of_the_readme_are_the_committed_ones():
     assert [verdict for verdict in said if verdict not in committed] == []
 
 
-@pytest.mark.parametrize(("page", "fewest"), [("README.md", 8), ("speed.md", 19)])
+@pytest.mark.parametrize(("page", "fewest"), [("README.md", 6), ("speed.md", 19)])
 def test_tables_of_engines_hold_the_committed_latencies(page, fewest):
     rows = peer_figures.peer_rows(records.read_csv(LAPTOP / "latency-short.csv"))
     check_lines(page, r"\| (?:dense \w+|[\w:& -]+, 90 %): ", peer_figures.peer_table(rows), fewest)
@@ -59,9 +59,16 @@ def test_table_of_threads_and_caches_holds_the_committed_latencies():
     check_lines("speed.md", r"\| [^|]+, batch \d+ \| ", table, len(table))
 
 
-def check_lines(page, start, table, fewest):
-    """The lines of a page that begin so are rows of the table."""
-    lines = [line for line in TEXTS[page].splitlines() if re.match(start, line)]
+def test_tables_of_larger_networks_hold_the_committed_latencies():
+    rows = peer_figures.peer_rows(records.read_csv(LAPTOP / "latency-networks.csv"))
+    for name, table in peer_figures.network_tables(rows).items():
+        check_lines("networks.md", r"\| [^|]+: ", table, len(table), after=f"### {name}\n")
+
+
+def check_lines(page, start, table, fewest, after=""):
+    """The lines of a page that begin so are rows of the table; of the section `after` a heading, if one is named."""
+    text = TEXTS[page].split(after)[1].split("\n#")[0] if after else TEXTS[page]
+    lines = [line for line in text.splitlines() if re.match(start, line)]
     assert len(lines) >= fewest
     for line in lines:
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
