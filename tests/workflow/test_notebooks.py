@@ -110,7 +110,7 @@ OWN_PROFILE = """
 purpose: three colours, and a network of three convolutions
 threads: 1
 datasets: [folder:colours, folder:colours@12+flip]
-model: nets_for_the_whole_way:small
+model: nets_at_work:small
 width: 1
 hidden: []
 seeds: [0, 1]
@@ -131,7 +131,7 @@ def test_own_data_and_an_own_network_go_all_the_way(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.syspath_prepend(tmp_path)
     matplotlib.use("agg")
-    (tmp_path / "nets_for_the_whole_way.py").write_text(OWN_NETWORK)
+    (tmp_path / "nets_at_work.py").write_text(OWN_NETWORK)
     (tmp_path / "mine.yaml").write_text(OWN_PROFILE)
     noise = numpy.random.default_rng(0)
     for part, colour in itertools.product(("train", "test"), range(3)):
@@ -155,12 +155,12 @@ def test_own_data_and_an_own_network_go_all_the_way(tmp_path, monkeypatch):
         show(paths.notebook(number), profile=profile.name, folder=str(tmp_path / "drawn"))
 
     accuracy = records.read_csv(paths.accuracy_csv(profile.name))
-    assert set(accuracy["dataset"]) == set(profile.datasets) and set(accuracy["model"]) == {"nets_for_the_whole_way:small"}
+    assert set(accuracy["dataset"]) == set(profile.datasets) and set(accuracy["model"]) == {"nets_at_work:small"}
     # 3x3 convolutions with 3, 8 and 8 channels in, 8, 8 and 16 out, on every pixel; the classifier; 2 per multiply-add.
     flops = accuracy[accuracy["pattern"] == "dense"].groupby("dataset")["flops"].first()
     assert flops.to_list() == [2 * (9 * (24 + 64 + 128) * size**2 + 48) for size in (16, 12)]
     assert "colours-12-flip, hybrid: Balanced(4) & Block(2, 2)" in (tmp_path / "drawn" / "accuracy.md").read_text()
-    assert "colours, nets_for_the_whole_way:small: mean ± SD" in (tmp_path / "drawn" / "accuracy_vs_sparsity.svg").read_text()
+    assert "colours, nets_at_work:small: mean ± SD" in (tmp_path / "drawn" / "accuracy_vs_sparsity.svg").read_text()
     decided = records.read_csv(tmp_path / "drawn" / "claims.csv").set_index(["claim", "dataset"])
     assert decided.loc[(1, "folder:colours"), "seeds"] == 2
     assert decided.loc[(4, "cpu"), "remark"] == "make bench times VGG-16 only"
