@@ -21,7 +21,7 @@ from torch import nn
 from reprolib.patterns import parse
 from reprolib.sparse import SparseNetwork, cpu, describe, sparsify
 from reprolib.sparse.cpu import encoder, generator, network, planner
-from reprolib.sparse.operations import Convolution, Graph
+from reprolib.sparse.operations import Convolution, Graph, Mean
 
 pytestmark = pytest.mark.skipif(
     not cpu.instruction_sets(), reason="neither AVX-512 nor AVX2 here, or code made at run time is forbidden"
@@ -320,6 +320,11 @@ def test_system_that_forbids_code_gets_the_portable_kernels(pruned, monkeypatch)
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_without_layers_are_refused():
+    with pytest.raises(ValueError, match=r"a graph without layers .*leave it to torch"):
+        planner.plan(Graph((True,), (Mean(0),), (1,)), {}, [(3, 4, 4)], 1, 8)
 
 
 def test_layers_that_do_not_fit_are_refused():

@@ -194,6 +194,17 @@ def test_dense_blocks():
 
 
 @needs_engine
+@pytest.mark.parametrize("order", [(1, 2), (2, 1), (2, 2, 1)])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+def test_pooled_maps_beside_others(activation, order):
+    """The floor below a max-pool must not wipe out what lies beside it."""
+    layers = [Convolution(0, key, activation=activation, pool=True) for key in "ab"]
+    layers.append(Concatenation(order))
+    weights = {key: (whole(i, 2, 3 + i, 2, 1, 1), whole(i, 3, 3 + i)) for i, key in enumerate("ab")}
+    check(Case(Graph((True,), tuple(layers), (1, 2, 3)), weights, [(2, 5, 6)]), [1, 3, 8])
+
+
+@needs_engine
 @pytest.mark.parametrize(
     "parts",
     [
@@ -290,6 +301,25 @@ def test_widest_maps_of_a_max_pool():
     case = Case(graph, weights, [(1, 3, planner.WIDEST + 1)])
     with pytest.raises(ValueError, match=rf"maps {planner.WIDEST + 1} pixels wide are too wide for the max-pool"):
         planner.plan(graph, case.arrays(), case.inputs, 1, 8)
+
+
+@needs_engine
+@pytest.mark.parametrize("activation", ["sigmoid", "hardswish"])
+def test_activations_end_with_the_map(activation):
+    """Numbers behind the last one, of the next channel or of zeros around the maps, are not activated (again)."""
+    layers = (
+        Convolution(0, "0", activation=activation), Convolution(1, "1", padding=(1, 1)),
+        Convolution(0, "0", activation=activation),
+    )  # fmt: skip
+    weights = {"0": (torch.ones(20, 1, 1, 1), torch.zeros(20)), "1": (torch.ones(1, 20, 3, 3), torch.zeros(1))}
+    for size in ((1, 1), (2, 3), (3, 3), (3, 11)):
+        case = Case(Graph((True,), layers, (1, 2, 3)), weights, [(1, *size)])
+        for batch in (1, 2, 3, 7, 8):
+            inputs = case.images(batch)
+            for isa in cpu.instruction_sets():
+                made = run(cpu.Network(case.graph, case.arrays(), isa), inputs, 2)
+                for y, z in zip(made, case.expected(inputs), strict=True):
+                    np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-3)
 
 
 @needs_engine

@@ -2,7 +2,7 @@
 
 `avx512`, `avx512bf16` and `avx2` know instructions (`encoder`: what they share), `generator` makes the code of a layer.
 `planner` says where values lie (`layout`), what layers read there (`geometry`) and what is to be done, `schedule` in
-which order, and `driver` does it (`moves`: all but layers). `network` holds code and threads.
+which order, and `driver` does it (`moves`: all but layers; `activations`). `network` holds code and threads.
 `reprolib.sparse.portable` has kernels for other CPUs.
 """
 

@@ -14,7 +14,7 @@ from reprolib.sparse.cpu.layout import CHANNELS, HEIGHT, IMAGES, WIDTH
 from reprolib.sparse.cpu.planner import ELEMENTWISE, FILL, INPUT, LAYER, MAX_POOL, MEAN, OUTPUT, VIEW
 from reprolib.sparse.cpu.schedule import OWN, STRETCH
 
-FROM_PYTHON = {"nogil": True, "error_model": "numpy"}
+FROM_PYTHON = {"nogil": True, "error_model": "numpy"}  # what `OPTIONS` leaves out is needed for calls
 LINE = 8  # int64 in a line of the cache: counters of different steps do not disturb each other
 SPINS = 2000  # before a waiting thread lets others run
 VECTORS = 32  # output vectors of a band: a multiple of the four that a max-pool takes

@@ -1,7 +1,7 @@
-"""What moves numbers between layers: images in and out, zeros around maps, views, pools, sums, activations.
+"""What moves numbers between layers: images in and out, zeros around maps, views, pools, sums, products.
 
 A *word* is 32 bits: a float32, or a pair of bfloat16 of two channels. `at` is where a buffer begins in the arena, in
-words, and `layout` a row of a table (see `LAYOUT`). Work is shared by rows or by channels: a task does every
+words, and `layout` a row of `layout.table`. Work is shared by rows or by channels: a task does every
 `parts`-th one, from `part` on. NaN stays NaN, as torch has it.
 """
 

@@ -111,6 +111,8 @@ class _Draft:
             self._draft(operation)
         for number, value in enumerate(self.graph.outputs):
             self.work.append(Work(OUTPUT, len(self.shapes), source=self.place_of[value], numbers=(number,)))
+        if not self.taps:
+            raise ValueError("a graph without layers has no weights to make code for: leave it to torch")
         return Plan(tuple(self.places), tuple(self.work), self.images)
 
     def _taps(self) -> dict[int, Taps]:
@@ -142,7 +144,7 @@ class _Draft:
                 continue
             root, first = homes.setdefault(value, (value, 0))
             for part, at in zip(parts, begins, strict=False):
-                if parts.count(part) == 1 and self._may_move(part):
+                if self._may_move(part):
                     homes.setdefault(part, (root, first + at))
         return homes
 
