@@ -14,6 +14,7 @@ from reprolib.sparse.cpu.layout import CHANNELS, HEIGHT, IMAGES, WIDTH
 from reprolib.sparse.cpu.planner import ELEMENTWISE, FILL, INPUT, LAYER, MAX_POOL, MEAN, OUTPUT, VIEW
 from reprolib.sparse.cpu.schedule import OWN, STRETCH
 
+INLINE = OPTIONS | {"inline": "always"}  # each function less between others compiles them once less
 FROM_PYTHON = {"nogil": True, "error_model": "numpy"}  # what `OPTIONS` leaves out is needed for calls
 LINE = 8  # int64 in a line of the cache: counters of different steps do not disturb each other
 SPINS = 2000  # before a waiting thread lets others run
@@ -86,7 +87,7 @@ def _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
                     activate_vector(arena, to // 4, layout, group[ROWS], min(positions, stage[LANES]), work[NUMBERS])
 
 
-@compiled(**OPTIONS, inline="always")
+@compiled(**INLINE)
 def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
     """All work but layers: one of `parts` of a bundle."""
     layouts, fills, values = plan[1], plan[2], plan[3]
@@ -116,7 +117,7 @@ def _move(arena, base, outside, plan, work, index, bundle, part, parts, sums):
         moves.elementwise(arena, (start, beside, to), source, other, target, numbers, part, parts)
 
 
-@compiled(**OPTIONS, inline="always")
+@compiled(**INLINE)
 def _do(arena, base, outside, plan, step, task, slot, sums):
     """One task of a step: a bundle through the first layers, or a part of one piece of work."""
     areas, places, works = plan[4], plan[5], plan[6]
