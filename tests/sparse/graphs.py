@@ -122,8 +122,8 @@ pair = st.tuples(few, few)
 
 
 @st.composite
-def cases(draw, most=8, top=3, size=11, channels=(1, 2, 3, 5, 8, 17), outputs=(1, 3, 8, 31, 40), pairs=False):
-    """Graphs with at least one layer. Of `pairs`: parts of concatenations, all but the last one, have even channels."""
+def cases(draw, most=8, top=3, size=11, channels=(1, 2, 3, 5, 8, 17), outputs=(1, 3, 8, 31, 40)):
+    """Graphs with at least one layer."""
     height, width = (draw(st.sampled_from([n for n in SIZES if n <= size])) for _ in range(2))
     inputs = [(draw(st.sampled_from(channels)), height, width)]
     for kind in draw(st.lists(st.sampled_from(["same", "small", "rows"]), max_size=2)):
@@ -134,7 +134,7 @@ def cases(draw, most=8, top=3, size=11, channels=(1, 2, 3, 5, 8, 17), outputs=(1
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=count - 1, max_size=count - 1))
     for i, kind in enumerate(["convolution", *kinds]):
         value = draw(st.integers(max(0, len(drafted.maps) - 4), len(drafted.maps) - 1)) if i else 0
-        _STEPS[kind](draw, drafted, value, f"layer {i}", outputs, pairs)
+        _STEPS[kind](draw, drafted, value, f"layer {i}", outputs)
     if not any(isinstance(operation, (Convolution, Linear)) for operation in drafted.operations):
         key = "last"
         drafted.add(Convolution(0, key), 0, (whole(0, 1, 2, inputs[0][0], 1, 1), whole(1, 1, 2)))
@@ -143,7 +143,7 @@ def cases(draw, most=8, top=3, size=11, channels=(1, 2, 3, 5, 8, 17), outputs=(1
     return Case(drafted.graph([last, *more]), drafted.weights, inputs)
 
 
-def _convolution(draw, drafted, value, key, outputs, pairs):
+def _convolution(draw, drafted, value, key, outputs):
     if drafted.rows(value):
         return
     channels, height, width = drafted.maps[value]
@@ -172,7 +172,7 @@ def _convolution(draw, drafted, value, key, outputs, pairs):
     drafted.add(replace(layer, addend=addend), parts, (weight, whole(seed, 9, count)))
 
 
-def _linear(draw, drafted, value, key, outputs, pairs):
+def _linear(draw, drafted, value, key, outputs):
     if not drafted.rows(value) and drafted.add(Flatten(value), drafted.parts[value]):
         value = len(drafted.maps) - 1
     count, features = draw(st.sampled_from(outputs)), drafted.largest[value].shape[1]
@@ -201,7 +201,7 @@ def _mean(draw, drafted, value, *_):
         drafted.add(Mean(value), drafted.parts[value] + int(count).bit_length() - 1)
 
 
-def _flatten(draw, drafted, value, key, outputs, pairs):
+def _flatten(draw, drafted, value, key, outputs):
     if not drafted.rows(value):
         drafted.add(Flatten(value), drafted.parts[value])
 
@@ -219,13 +219,12 @@ def _product(draw, drafted, value, *_):
     drafted.add(Product(*both), drafted.parts[value] + drafted.parts[other])
 
 
-def _concatenation(draw, drafted, value, key, outputs, pairs):
+def _concatenation(draw, drafted, value, key, outputs):
     fit = [v for v, maps in enumerate(drafted.maps) if maps[1:] == drafted.maps[value][1:]]
     fit = [v for v in fit if drafted.rows(v) == drafted.rows(value)]
     others = draw(st.lists(st.sampled_from(fit), max_size=3))
     sources = draw(st.permutations([value, *others]))
-    if not pairs or all(drafted.maps[part][0] % 2 == 0 for part in sources[:-1]):
-        drafted.add(Concatenation(tuple(sources)), max(drafted.parts[part] for part in sources))
+    drafted.add(Concatenation(tuple(sources)), max(drafted.parts[part] for part in sources))
 
 
 _STEPS = {

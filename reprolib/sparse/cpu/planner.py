@@ -132,7 +132,7 @@ class _Draft:
         """
         homes: dict[int, tuple[int, int]] = {}
         for value, operation in reversed(self.graph.numbered()):
-            if not isinstance(operation, Concatenation):
+            if not isinstance(operation, Concatenation) or self._splits_pairs(operation):
                 continue
             parts = operation.sources
             begins = [0, *itertools.accumulate(self.shapes[part][0] for part in parts)]
@@ -147,6 +147,10 @@ class _Draft:
                 if self._may_move(part):
                     homes.setdefault(part, (root, first + at))
         return homes
+
+    def _splits_pairs(self, operation: Concatenation) -> bool:
+        """Whether a part begins with the second channel of a pair."""
+        return self.pairs and any(self.shapes[part][0] % 2 for part in operation.sources[:-1])
 
     def _may_move(self, value: int) -> bool:
         """Whether a value may lie among others. The floor below a max-pool would fill all of their channels."""
@@ -189,8 +193,6 @@ class _Draft:
         """A place for channels of the buffer of `root`."""
         pairs = self.pairs and value not in self.only_out
         of = self.shapes[root][0] if root != value or value in self.homes else 0
-        if pairs and begin % 2:
-            raise ValueError("channels that begin in the middle of a pair can't be concatenated")
         share = 1 + pairs
         layout = Layout(
             channels, *shape[1:], self.halos[value], self.images, self.lanes, pairs, begin // share, -(-of // share)
@@ -225,12 +227,27 @@ class _Draft:
                 self._add(ELEMENTWISE, self._place(self.value), large, small, numbers)
 
     def _concatenation(self, operation: Concatenation) -> None:
+        if self._splits_pairs(operation):
+            return self._by_layers(operation)
         root, first = self.homes[self.value]
         self._place(self.value)
         for part in operation.sources:
             if self.homes.get(part) != (root, first):
                 target = self._among(root, self.shapes[part][0], first, self.shapes[part], self.value)
                 self._add(ELEMENTWISE, target, self.place_of[part], self.place_of[part], (COPY, 0))
+            first += self.shapes[part][0]
+
+    def _by_layers(self, operation: Concatenation) -> None:
+        """Concatenate by 1x1 layers of ones: each puts a part in its place, and adds what the ones before have put."""
+        (channels, *size), reads, first = self.shapes[self.value], Window((1, 1)), 0
+        taps, target = geometry.taps(reads, tuple(size), self.interleaved), self._place(self.value)
+        for part in operation.sources:
+            ones = np.eye(channels, self.shapes[part][0], -first, np.float32)[:, :, None, None]
+            source, addend = self.place_of[part], target if first else -1
+            layouts = [self.places[place][0] if place >= 0 else None for place in (source, target, addend)]
+            no_bias = np.zeros(channels, np.float32)
+            stage = geometry.stage(ones, no_bias, reads, taps, layouts, False, False, tuple(size))
+            self._add(LAYER, target, source, addend, (0,), stage)
             first += self.shapes[part][0]
 
     def _max_pool(self, source: int, target: int, window: Window) -> None:
