@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import astuple
-from functools import cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from types import ModuleType
 
 import numpy as np
@@ -104,6 +105,7 @@ class Program:
         arenas.append(arena)
         return outputs
 
+    @cached_property
     def bundle_bytes(self) -> int:
         """Memory that a bundle needs while it goes through."""
         one, two = (schedule(self.plan, self.groups, count, 1).size for count in (1, 2))
@@ -158,6 +160,7 @@ class Network:
         _compile(isa)
         self.graph, self.weights, self.isa = graph, weights, isa
         self._programs = {}
+        self._together = lru_cache(PROGRAMS)(self._share)
         self._arenas = []
         self._lock = threading.Lock()
 
@@ -171,20 +174,23 @@ class Network:
                 del self._programs[next(iter(self._programs))]
         return found
 
+    def _share(self, inputs: tuple[Shape, ...]) -> int:
+        """How many images share vectors."""
+        largest = max(math.prod(shape) for shape in shapes(self.graph, self.weights, list(inputs)))
+        return self.isa.LANES if 4 * self.isa.LANES * largest <= SHARED_BYTES else 1
+
     def __call__(self, inputs: list[np.ndarray], threads: int) -> list[np.ndarray]:
         """Images ``[N, C, H, W]``, float32 and contiguous, through all operations: one array for each output.
 
         Raises ValueError for images that do not fit.
         """
         sizes = tuple(x.shape[1:] for x in inputs)
-        lanes = self.isa.LANES
-        largest = max(int(np.prod(shape)) for shape in shapes(self.graph, self.weights, list(sizes)))
+        together = self._together(sizes)
         count, start, parts = len(inputs[0]), 0, []
-        together = lanes if 4 * lanes * largest <= SHARED_BYTES else 1
         while start < count:
             images = together if count - start >= together else count - start
             program = self.program(sizes, images)
-            bundles = max(1, min(MOST_IN_FLIGHT, IN_FLIGHT_BYTES // max(1, program.bundle_bytes())))
+            bundles = max(1, min(MOST_IN_FLIGHT, IN_FLIGHT_BYTES // max(1, program.bundle_bytes)))
             stop = start + images * min(bundles, (count - start) // images)
             parts.append(program.run([x[start:stop] for x in inputs], threads, self._arenas))
             start = stop
