@@ -47,11 +47,15 @@ class KeptWeights(nn.Module):
     @property
     def version(self) -> tuple:
         """Differs where weights or bias have been changed or moved."""
-        for name, tensor in self._buffers.items():
-            if tensor.is_inference():  # of a model that was copied or moved in that mode
-                with torch.inference_mode(False):
-                    self._buffers[name] = tensor.clone()
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in (self.bits, self.values, self.bias))
+        bits, values, bias = (self._buffers[name] for name in ("bits", "values", "bias"))
+        try:  # asked at each call of the network, so it has to be quick
+            return (
+                bits.data_ptr(), bits._version, values.data_ptr(), values._version, bias.data_ptr(), bias._version
+            )  # fmt: skip
+        except RuntimeError:  # of a model that was copied or moved in inference mode: tensors do not count changes
+            with torch.inference_mode(False):
+                self._buffers.update({name: tensor.clone() for name, tensor in self._buffers.items()})
+            return self.version
 
     @property
     def sparsity(self) -> float:
@@ -102,6 +106,7 @@ class SparseNetwork(nn.Module):
         self.graph = operations.fused(graph)
         self.dtype = dtype  # of what is multiplied; sums are float32 always
         low = dtype if dtype == torch.bfloat16 else None
+        self._rows = _rows(self.graph)
         self.names = tuple(weights)  # of the layers, as in the network that they come from
         self.layers = nn.ModuleDict({_key(name): KeptWeights(*pair, low) for name, pair in weights.items()})
         self._prepared = _Prepared()
@@ -131,7 +136,7 @@ class SparseNetwork(nn.Module):
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`forward`, without a look at gradients."""
-        device, own = inputs[0].device, next(self.buffers()).device
+        device, own = inputs[0].device, self.layers[_key(self.names[0])].bias.device
         backend = backend_of(device, self.dtype)
         if device != own:
             raise RuntimeError(
@@ -145,21 +150,12 @@ class SparseNetwork(nn.Module):
             outputs = self._whole(batches) if backend is cpu else self._one_by_one(batches, backend)
         except ValueError:  # shapes that torch may know to handle, or it has the better message
             return self._in_torch(inputs, dtype)
-        flat = self._flat()
         leading = inputs[0].shape[:-3] if self.graph.inputs[0] else inputs[0].shape[:-1]
         shaped = (
-            y.reshape(*leading, -1) if flat[output] else y.reshape(*leading, *y.shape[1:])
+            y.reshape(*leading, -1) if self._rows[output] else y.reshape(*leading, *y.shape[1:])
             for output, y in zip(self.graph.outputs, outputs, strict=True)
         )
         return tuple(y.to(dtype) for y in shaped)
-
-    def _flat(self) -> list[bool]:
-        """Which values are rows."""
-        flat = [not maps for maps in self.graph.inputs]
-        for operation in self.graph.operations:
-            rows = flat[operations.sources(operation)[0]]
-            flat.append(isinstance(operation, (Linear, Flatten)) or rows)
-        return flat
 
     def _in_torch(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """As the network was before: torch says what does not fit."""
@@ -254,6 +250,14 @@ class SparseNetwork(nn.Module):
         )
 
 
+def _rows(graph: Graph) -> list[bool]:
+    """Which values are rows."""
+    rows = [not maps for maps in graph.inputs]
+    for operation in graph.operations:
+        rows.append(isinstance(operation, (Linear, Flatten)) or rows[operations.sources(operation)[0]])
+    return rows
+
+
 def _batches(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """Inputs as maps ``[N, C, H, W]`` and rows ``[N, features]``, or None where there are no such."""
     first = inputs[0]
@@ -263,8 +267,10 @@ def _batches(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     if any(x.dim() < (3 if maps else 1) for x, maps in zip(inputs, graph.inputs, strict=True)) or len(leading) != 1:
         return None
     [shape] = leading
-    whole = any(isinstance(operation, (Linear, Flatten)) for operation in graph.operations) and any(graph.inputs)
-    if (len(shape) > 1 and any(graph.inputs)) or (whole and len(shape) != 1) or any(not x.numel() for x in inputs):
+    if any(graph.inputs) and len(shape) != 1:  # one map without a batch, unless it becomes a row
+        if shape or any(isinstance(operation, (Linear, Flatten)) for operation in graph.operations):
+            return None
+    if any(not x.numel() for x in inputs):
         return None
     return [
         x.reshape(-1, *x.shape[-3:]) if maps else x.reshape(-1, x.shape[-1])

@@ -43,8 +43,8 @@ def come_in(arena, x, at, layout, part, parts):
         to = at + layout[FIRST] + row // height * layout[CHANNEL] + row % height * layout[ROW]
         channel = row // height * share
         start = x + channel * plane + row % height * width
-        for w in range(width):
-            for i in range(images):
+        for i in range(images):  # rows whole: the same pixel of 16 images lies where caches have room for few lines
+            for w in range(width):
                 word = get(arena, start + i * channels * plane + w)
                 if share == 2:
                     other = ZERO
@@ -143,14 +143,26 @@ def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part
             start = source_at + source[FIRST] + c * source[CHANNEL]
             for v in range(top, bottom):  # first downwards, in whole rows
                 _take_larger(arena, start + v * source[ROW], scratch, source[ROW], v == top)
-            to, images = target_at + target[FIRST] + c * target[CHANNEL] + y * target[ROW], source[IMAGES]
-            for x in range(target[WIDTH]):
-                left, right = _inside(x, kernel[1], stride[1], padding[1], source[WIDTH])
+            to = target_at + target[FIRST] + c * target[CHANNEL] + y * target[ROW]
+            _pool_row(arena, scratch, source[WIDTH], to, target[WIDTH], source[IMAGES], kernel[1], stride[1], padding[1])
+
+
+@compiled(**OPTIONS)
+def _pool_row(arena, start, size, to, width, images, kernel, stride, padding):
+    """Windows of a row of `size` pixels: tap after tap, for all windows that have it."""
+    for i in range(to, to + width * images):
+        put(arena, i, -INFINITY)
+    for tap in range(kernel):
+        first = tap - padding
+        begin, end = max(0, -(first // stride)), min(width, (size - 1 - first) // stride + 1)
+        if stride == 2 and images == 1:  # a loop of its own: so it becomes vector instructions
+            for x in range(begin, end):
+                put(arena, to + x, larger(get(arena, to + x), get(arena, start + first + 2 * x)))
+        else:
+            for x in range(begin, end):
                 for i in range(images):
-                    largest = get(arena, scratch + left * images + i)
-                    for u in range(left + 1, right):
-                        largest = larger(largest, get(arena, scratch + u * images + i))
-                    put(arena, to + x * images + i, largest)
+                    at, found = to + x * images + i, get(arena, start + (first + x * stride) * images + i)
+                    put(arena, at, larger(get(arena, at), found))
 
 
 @compiled(**OPTIONS)

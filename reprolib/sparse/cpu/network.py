@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import cache, cached_property, lru_cache, partial
 from types import ModuleType
@@ -240,14 +241,15 @@ def _libc() -> ctypes.CDLL:
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 _invitations: queue.SimpleQueue
-_bell: np.ndarray  # counts invitations
+_tickets: Iterator[int]  # numbers of calls that ask for help
+_bell: np.ndarray  # the last ticket
 _helpers: list[threading.Thread]
 
 
 def _alone() -> None:
     """Nobody helps yet: at the start, and in a forked child, where threads are gone."""
-    global _invitations, _bell, _helpers
-    _invitations, _bell, _helpers = queue.SimpleQueue(), np.zeros(LINE, np.int64), []
+    global _invitations, _tickets, _bell, _helpers
+    _invitations, _tickets, _bell, _helpers = queue.SimpleQueue(), itertools.count(1), np.zeros(LINE, np.int64), []
 
 
 _alone()
@@ -258,15 +260,15 @@ def _invite(count: int, what: tuple) -> None:
     while len(_helpers) < count:
         _helpers.append(threading.Thread(target=_help, args=(_invitations, _bell), daemon=True))
         _helpers[-1].start()
+    ticket = next(_tickets)
     for _ in range(count):
-        _invitations.put(what)
-    _bell[0] += 1
+        _invitations.put((ticket, what))
+    _bell[0] = ticket
 
 
 def _help(invitations: queue.SimpleQueue, bell: np.ndarray) -> None:
     while True:
-        _, _, _, *arguments = invitations.get()  # the first ones keep code and images alive
-        heard = int(bell[0])
+        ticket, (_, _, _, *arguments) = invitations.get()  # the first ones keep code and images alive
         work(*arguments)
         del _, arguments
-        linger(bell, heard)
+        linger(bell, ticket)  # not what the bell says now: a call that came meanwhile would wait for help in vain
