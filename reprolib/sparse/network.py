@@ -267,9 +267,9 @@ def _batches(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     if any(x.dim() < (3 if maps else 1) for x, maps in zip(inputs, graph.inputs, strict=True)) or len(leading) != 1:
         return None
     [shape] = leading
-    if any(graph.inputs) and len(shape) != 1:  # one map without a batch, unless it becomes a row
-        if shape or any(isinstance(operation, (Linear, Flatten)) for operation in graph.operations):
-            return None
+    flattens = any(isinstance(operation, (Linear, Flatten)) for operation in graph.operations)
+    if any(graph.inputs) and len(shape) != 1 and (shape or flattens):  # no batch: fine for a map that stays one
+        return None
     if any(not x.numel() for x in inputs):
         return None
     return [

@@ -18,7 +18,7 @@ from reprolib.sparse.operations import Convolution, Flatten, Graph, Linear
 @st.composite
 def plans(draw):
     pairs = draw(st.booleans())
-    case = draw(cases(pairs=pairs))
+    case = draw(cases())
     lanes = 16 if pairs else draw(st.sampled_from([8, 16]))
     inputs = [(*shape, 1, 1)[: max(3, len(shape))] for shape in case.inputs]
     images = draw(st.sampled_from([1, 3, lanes]))

@@ -144,12 +144,14 @@ def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part
             for v in range(top, bottom):  # first downwards, in whole rows
                 _take_larger(arena, start + v * source[ROW], scratch, source[ROW], v == top)
             to = target_at + target[FIRST] + c * target[CHANNEL] + y * target[ROW]
-            _pool_row(arena, scratch, source[WIDTH], to, target[WIDTH], source[IMAGES], kernel[1], stride[1], padding[1])
+            window = kernel[1], stride[1], padding[1]
+            _pool_row(arena, scratch, source[WIDTH], to, target[WIDTH], source[IMAGES], window)
 
 
 @compiled(**OPTIONS)
-def _pool_row(arena, start, size, to, width, images, kernel, stride, padding):
+def _pool_row(arena, start, size, to, width, images, window):
     """Windows of a row of `size` pixels: tap after tap, for all windows that have it."""
+    kernel, stride, padding = window
     for i in range(to, to + width * images):
         put(arena, i, -INFINITY)
     for tap in range(kernel):
