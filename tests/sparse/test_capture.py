@@ -217,7 +217,7 @@ def test_a_small_layer_that_a_seam_cuts_off_is_no_island():
 
 
 def test_a_large_layer_without_zeros_is_a_seam(monkeypatch):
-    monkeypatch.setattr(capture_islands, "SMALL_WEIGHT", 143)
+    monkeypatch.setattr(capture_islands, "SMALL_CONVOLUTION", 143)
     model = pruned(nn.Sequential(conv(), nn.ReLU(), conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()))
     with torch.no_grad():
         model[2].weight.fill_(0.1)
@@ -227,13 +227,24 @@ def test_a_large_layer_without_zeros_is_a_seam(monkeypatch):
 
 
 def test_a_large_linear_layer_with_few_zeros_is_a_seam(monkeypatch):
-    monkeypatch.setattr(capture_islands, "SMALL_WEIGHT", 63)
+    monkeypatch.setattr(capture_islands, "SMALL_CONVOLUTION", 63)
+    monkeypatch.setattr(capture_islands, "SMALL_LINEAR", 63)
     model = pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), 0.2)
     with torch.no_grad():
         model[2].weight.fill_(0.1)[0] = 0
     result, reasons = check(model, images(3, 8))
     assert outline(result) == ["linear relu", "linear"]
     assert reasons == {"2": "88% of its weights are kept, dense is faster"}
+
+
+def test_a_linear_layer_without_zeros_joins_those_beside_it():
+    """Else torch would run it on threads of its own, which disturb those of the engine for a while."""
+    model = pruned(nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300)))
+    for layer in (model[2], model[4]):
+        nn.init.constant_(layer.weight, 0.1)
+    model[4].weight.data[0, 0] = 0
+    result, reasons = check(model, images(3, 300))
+    assert outline(result) == ["linear relu linear relu linear"] and not reasons
 
 
 def test_what_does_nothing_for_an_island_stays_outside():

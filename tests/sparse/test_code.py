@@ -1,6 +1,7 @@
 """The code of every instruction set, run by a slow x86 of our own: on machines that lack the instructions, too."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -176,7 +177,28 @@ def test_layers_are_exact(name, data):
     inputs = whole_numbers(rng, 300, images, c_in, *size)
     addends = whole_numbers(rng, 999, images, c_out, *out) if add else None
     expected = reference(isa, stage, weight.astype(np.float32), bias, window, inputs, groups, addends)
-    assert np.array_equal(run(stage, isa, taps, size, inputs, addends), expected)
+    with mock.patch.object(generator, "MANY_CHANNELS", draw(st.sampled_from([1, 16]), "loops from so many channels")):
+        assert np.array_equal(run(stage, isa, taps, size, inputs, addends), expected)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.95, 1])
+@pytest.mark.parametrize("name", SETS)
+def test_layers_with_few_zeros_are_loops(name, density):
+    """With a weight as long as its words, and code that does not grow with them."""
+    isa, rng, window = SETS[name], np.random.default_rng(0), Window((3, 3), padding=(1, 1))
+    sizes = []
+    for channels in (32, 64):
+        weight = np.where(rng.random((50, channels, 3, 3)) < density, whole_numbers(rng, 3, 50, channels, 3, 3), 0)
+        weight[rng.random(weight.shape) < density] += 4
+        bias = whole_numbers(rng, 9, 50)
+        stage, taps = stage_of(isa, weight.astype(np.float32), bias, window, (2, 3), 1, relu=True)
+        made = generator.generate(stage, isa)
+        sizes.append(len(made.code))
+        assert len(made.weights) <= 50 + weight.size / (1 + isa.PAIRS) + 16 * len(made.chunks)
+        inputs = whole_numbers(rng, 9, 1, channels, 2, 3)
+        expected = reference(isa, stage, weight.astype(np.float32), bias, window, inputs, 1)
+        assert np.array_equal(run(stage, isa, taps, (2, 3), inputs), expected)
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -247,6 +269,7 @@ def test_wrong_plans_are_refused(name):
 def test_maps_beyond_what_an_instruction_reaches_are_refused(name):
     isa = SETS[name]
     weight = np.ones((1, 124 * (1 + isa.PAIRS), 1, 1), np.float32)
+    weight[0, ::2] = weight[0, 1::4] = 0
     stage, _ = stage_of(isa, weight, np.zeros(1, np.float32), Window((1, 1)), (4190, 4190), 1)
     with pytest.raises(ValueError, match=r"displacement .* does not fit"):
         generator.generate(stage, isa)

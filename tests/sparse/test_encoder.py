@@ -181,6 +181,14 @@ def test_scalar_instructions(number, masks):
         assert encoder.add(encoder.RSI, number) == assemble([f"add rsi, {number}"])
 
 
+@given(st.integers(1, 2**31 - 1), st.integers(0, 300))
+def test_repeated_instructions(times, length):
+    """The jump goes back to the first of them."""
+    code = encoder.repeat(times, b"\x90" * length)
+    head, tail = assemble([f"mov eax, {times}"]), assemble(["dec eax"])
+    assert code == head + b"\x90" * length + tail + b"\x0f\x85" + (-length - 8).to_bytes(4, "little", signed=True)
+
+
 WRONG = {
     "load": lambda isa: isa.load([3, isa.REGISTERS], encoder.RDI, 0),
     "sum": lambda isa: isa.multiply_add(-1, 0, encoder.RSI, 0),
@@ -192,6 +200,7 @@ WRONG = {
     "mask": lambda isa: isa.store(0, encoder.RCX, 0, mask=8),
     "third": lambda isa: isa.maximum(0, 0, isa.REGISTERS),
     "addend": lambda isa: isa.add(0, isa.REGISTERS, encoder.R9, 0),
+    "times": lambda isa: encoder.repeat(0, b""),
     "amount": lambda isa: encoder.add(encoder.RSI, 2**31),
 }
 

@@ -38,7 +38,7 @@ class Processor:
 
     def call(self, code, **addresses):
         """Run code from its first byte to its return; `addresses` are rdi, rsi, rdx, rcx, r8, r9."""
-        self.addresses, at = addresses, 0
+        self.addresses, self.count, at = addresses, 0, 0
         while at is not None:
             at = self._step(code, at)
 
@@ -58,6 +58,12 @@ class Processor:
             base = BASES[code[at + 2] & 7]
             self.addresses[base] += int.from_bytes(bytes(code[at + 3 : at + 7]), "little", signed=True)
             return at + 7
+        if first == 0xB8:  # mov eax
+            self.count = int.from_bytes(bytes(code[at + 1 : at + 5]), "little")
+            return at + 5
+        if bytes(code[at : at + 4]) == b"\xff\xc8\x0f\x85":  # dec eax; jnz
+            self.count -= 1
+            return at + 8 + (int.from_bytes(bytes(code[at + 4 : at + 8]), "little", signed=True) if self.count else 0)
         if bytes(code[at : at + 3]) == b"\x0f\x18\x15":  # prefetch
             return at + 7
         assert bytes(code[at : at + 4]) == b"\xc5\xf8\x77\xc3", f"unknown instruction {bytes(code[at : at + 11]).hex()}"

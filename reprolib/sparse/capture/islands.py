@@ -11,11 +11,11 @@ from reprolib.sparse.capture.effects import Effects, order
 from reprolib.sparse.capture.units import Layer, Node, Unit
 
 # A linear layer multiplies each weight once an image: at small batches it waits for its bytes, 11 per kept weight in
-# the kernels and 4 per weight in torch. With more kept weights than this it stays in torch, unless it is small.
+# the kernels and 4 per weight in torch. With more kept weights than this it gains nothing by itself.
 LINEAR_DENSITY = 0.35
 # A layer of at most this many weights costs little, zeros or not: it joins layers with zeros, because leaving the
-# kernels' layout for it would cost more.
-SMALL_WEIGHT = 1 << 16
+# kernels' layout for it would cost more. So would threads of torch that spin on, where those of the kernels are to run.
+SMALL_CONVOLUTION, SMALL_LINEAR = 1 << 16, 1 << 23
 
 Units = Mapping[Node, Unit]
 
@@ -28,21 +28,26 @@ def _has_zeros(weight: Tensor) -> bool:
 
 def _wanted(layer: Layer, dense: bool) -> bool:
     weight = layer.weight
-    if dense or weight.dim() == 4 or weight.numel() <= SMALL_WEIGHT:
+    if dense or weight.dim() == 4 or weight.numel() <= SMALL_CONVOLUTION:
         return dense or _has_zeros(weight)
     return weight.count_nonzero().item() <= LINEAR_DENSITY * weight.numel()
+
+
+def _is_small(weight: Tensor) -> bool:
+    return weight.numel() <= (SMALL_CONVOLUTION if weight.dim() == 4 else SMALL_LINEAR)
 
 
 def _joined(units: Units, wanted: set[Node]) -> set[Node]:
     """Units that may be in islands: those without weights of the network, `wanted` ones, and small ones beside these.
 
-    A small layer is beside another if only units without weights are between them, or if such layers lie before and
-    behind it.
+    A small layer is beside another if only units without weights, or small linear layers, are between them, or if such
+    layers lie before and behind it.
     """
     own = {node for node, unit in units.items() if _is_own(unit)}
-    small = {node for node in own if units[node].layer.weight.numel() <= SMALL_WEIGHT}
+    small = {node for node in own if _is_small(units[node].layer.weight)}
     free = units.keys() - own
-    near = wanted | (small & (_reached(_sources(units), wanted, free) | _reached(_readers(units), wanted, free)))
+    close = free | {node for node in small if units[node].layer.weight.dim() == 2}
+    near = wanted | (small & (_reached(_sources(units), wanted, close) | _reached(_readers(units), wanted, close)))
     through = free | small
     between = _reached(_sources(units), near, through) & _reached(_readers(units), near, through)
     return free | near | (small & between)
@@ -163,4 +168,4 @@ def why_dense(weight: Tensor) -> str:
     if _has_zeros(weight):
         return f"{weight.count_nonzero().item() / weight.numel():.0%} of its weights are kept, dense is faster"
     size = f"it has no zeros and {weight.numel():,} weights"
-    return size if weight.numel() > SMALL_WEIGHT else f"{size}, and no layer with zeros is beside it"
+    return f"{size}, and no layer with zeros is beside it" if _is_small(weight) else size

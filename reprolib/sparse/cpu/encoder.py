@@ -42,6 +42,13 @@ def add(register: int, amount: int) -> bytes:
     return bytes((0x48, 0x81, 0xC0 | checked(register, 0, 7, "register"))) + _signed(amount)
 
 
+def repeat(times: int, body: bytes) -> bytes:
+    """Do `body`, which leaves EAX alone, so many times (mov; body; dec; jnz)."""
+    count = bytes((0xB8,)) + _signed(checked(times, 1, 2**31 - 1, "number of times"))
+    back = bytes((0xFF, 0xC8, 0x0F, 0x85))
+    return count + body + back + _signed(-len(body) - len(back) - 4)
+
+
 def prefetch_code(ahead: int) -> bytes:
     """Bring the line of memory `ahead` bytes behind this instruction into the second-level cache (prefetcht1)."""
     return bytes((0x0F, 0x18, 0x15)) + _signed(ahead)

@@ -10,6 +10,9 @@ register number, its value the next one of a stream of weights. Columns without 
     row 1    . . # .             load x from column 2;  sum0 += ..;  sum1 += ..
     row 2    # . . .
 
+Where few weights are zero, code per weight does not pay: there it is a loop over input channels that multiplies by all
+weights of a column, zeros too.
+
 About 1,000 multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays
 in the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and
 SparseDNN; patents touch the field (US 11,216,732, US 10,915,816).
@@ -19,6 +22,7 @@ A chunk is called as ``f(source, weights, sums, target, masks, addend)``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,6 +35,9 @@ from reprolib.sparse.cpu.geometry import Stage
 
 FEW = 8  # output vectors: code that runs for no more of them streams from memory
 AHEAD_BYTES, FETCH_EVERY = 8192, 6  # how far ahead streaming code fetches itself, and after how many multiplications
+# A layer that keeps a larger part of its weights gets a loop, if its columns are as many as that. Where code streams, a
+# weight of its own takes 11 bytes and more, and one of a loop 4.
+DENSE, DENSE_OF_FEW, MANY_CHANNELS = 0.75, 0.35, 16
 ALIGNMENT, LINE = 64, 16  # bytes of a line of the cache, and its float32
 TRAP = 0xCC  # between chunks
 
@@ -60,6 +67,9 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     weight = isa.words(stage.weight)
     rows = _group_rows(weight != 0, isa.GROUP_ROWS)
     first_rows = np.append(np.arange(0, len(weight), rows), len(weight))
+    density = DENSE_OF_FEW if _streams(stage) else DENSE
+    if weight.shape[1] >= MANY_CHANNELS and np.count_nonzero(weight) > density * weight.size:
+        return _loops(stage, isa, weight, first_rows)
     kept, chunk_groups, chunk_starts = _in_order(weight != 0, rows, isa.CHUNK_OF_FEW if _streams(stage) else isa.CHUNK)
     is_first = np.append(True, chunk_groups[1:] != chunk_groups[:-1])
     is_last = np.append(is_first[1:], True)
@@ -83,6 +93,43 @@ def generate(stage: Stage, isa: ModuleType) -> Code:
     code_bytes = np.diff(code_starts, append=len(code))
     chunks = np.stack([code_starts, streams[:-1] + isa.REACH, code_bytes], axis=1)
     return Code(code, weights, chunks, np.searchsorted(chunk_groups, np.arange(len(first_rows))), first_rows)
+
+
+def _loops(stage: Stage, isa: ModuleType, weight: np.ndarray, first_rows: np.ndarray) -> Code:
+    """A chunk for each group; groups of one size share their code. Weights come by tap, input channel, row."""
+    sizes = np.diff(first_rows)
+    made = {size: _loop(stage, isa, size) for size in dict.fromkeys(sizes.tolist())}
+    ends = dict(zip(made, np.cumsum([len(code) for code in made.values()]), strict=True))
+    streams = [
+        np.append(stage.bias[a:b].view(np.uint32), weight[a:b].transpose(2, 1, 0))
+        for a, b in itertools.pairwise(first_rows)
+    ]
+    streams = [np.pad(stream, (0, -len(stream) % LINE)) for stream in streams]
+    starts = np.cumsum([0, *(len(stream) for stream in streams[:-1])])
+    chunks = [
+        (ends[size] - len(made[size]), start + isa.REACH, len(made[size]))
+        for size, start in zip(sizes.tolist(), starts, strict=True)
+    ]
+    code = np.frombuffer(b"".join(made.values()), np.uint8)
+    return Code(
+        code, np.concatenate(streams).view(np.float32), np.array(chunks), np.arange(len(first_rows)), first_rows
+    )
+
+
+def _loop(stage: Stage, isa: ModuleType, size: int) -> bytes:
+    channels, x, rows = stage.weight.shape[1] // (1 + isa.PAIRS), isa.REGISTERS - isa.TEMPORARIES - 1, np.arange(size)
+    parts, at = [_prologue(stage, isa, size, True), encoder.add(RSI, 4 * size)], 0
+    for reach, mask in zip(stage.reach.tolist(), stage.masked.tolist(), strict=True):
+        body = encoder.joined(
+            isa.load(x, RDI, 0, stage.lanes, mask),
+            isa.multiply_add(rows, x, RSI, 4 * (rows - isa.REACH), stage.lanes),
+            encoder.add(RSI, 4 * size),
+            encoder.add(RDI, stage.source.channel),
+        )
+        parts += [encoder.add(RDI, reach - at), encoder.repeat(channels, body)]
+        at = reach + channels * stage.source.channel
+    code = encoder.joined(*parts, _epilogue(stage, isa, size, True))
+    return code + bytes((TRAP,)) * (-len(code) % ALIGNMENT)
 
 
 def _each(sizes: np.ndarray, at_end: np.ndarray, make: Callable[[int, bool], bytes]) -> list[bytes]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LARGE_MAP_BYTES = 1024  # such maps begin with a line of the cache
+
 # Columns of the table of layouts, in words.
 CHANNELS, HEIGHT, WIDTH, IMAGES, WORDS, FIRST, CHANNEL, ROW, COLUMN, PAIRS, INTERLEAVED = range(11)
 
@@ -57,7 +59,10 @@ class Layout:
 
     @property
     def channel(self) -> int:
-        return 4 * self.lanes if self.interleaved else self.row * (self.height + self.halo)
+        if self.interleaved:
+            return 4 * self.lanes
+        size = self.row * (self.height + self.halo)
+        return size if self.row * self.height < LARGE_MAP_BYTES else -(-size // 64) * 64
 
     @property
     def first(self) -> int:
@@ -81,9 +86,10 @@ class Layout:
         """``[ranges, 3]``: start and stop in words, and 32 bits to fill in: zeros around maps, `interior` inside."""
         ranges = []
         if not self.interleaved and self.halo:
+            above = self.halo * self.row
             ends = self.first + np.arange(self.words) * self.channel + self.height * self.row
-            starts = [self.first - self.halo * self.row, *ends]
-            ranges = [(start, start + self.halo * self.row, 0) for start in starts]
+            below = max(above, self.channel - self.height * self.row)
+            ranges = [(self.first - above, self.first, 0), *((end, end + below, 0) for end in ends)]
         elif self.interleaved:
             line = self.width * self.column
             inner = [self.halo * (self.row + self.column) + y * self.row for y in range(self.height)]

@@ -1,8 +1,8 @@
 """What moves numbers between layers: images in and out, zeros around maps, views, pools, sums, products.
 
 A *word* is 32 bits: a float32, or a pair of bfloat16 of two channels. `at` is where a buffer begins in the arena, in
-words, and `layout` a row of `layout.table`. Work is shared by rows or by channels: a task does every
-`parts`-th one, from `part` on. NaN stays NaN, as torch has it.
+words, and `layout` a row of `layout.table`. Work is shared by rows or by channels: a task does one of `parts` stretches
+of them. NaN stays NaN, as torch has it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ from reprolib.sparse.cpu.planner import ADD, COPY
 INFINITY = np.float32(np.inf)
 
 
+@compiled(**OPTIONS)
+def _share(count, part, parts):
+    """The first and the last of `count` rows that a task does: neighbours, for two threads that write into one line of
+    the cache wait for each other.
+    """
+    return count * part // parts, count * (part + 1) // parts
+
+
 # --- In and out -------------------------------------------------------------------------------------------------------
 
 
@@ -39,7 +47,8 @@ def come_in(arena, x, at, layout, part, parts):
     height, width, images = layout[HEIGHT], layout[WIDTH], layout[IMAGES]
     channels, plane = layout[CHANNELS], height * width
     share = 1 + layout[PAIRS]
-    for row in range(part, layout[WORDS] * height, parts):
+    first, last = _share(layout[WORDS] * height, part, parts)
+    for row in range(first, last):
         to = at + layout[FIRST] + row // height * layout[CHANNEL] + row % height * layout[ROW]
         channel = row // height * share
         start = x + channel * plane + row % height * width
@@ -74,7 +83,8 @@ def go_out(arena, at, layout, y):
 @compiled(**OPTIONS)
 def fill(arena, at, ranges, values, part, parts):
     """What surrounds the maps of a layout, and where a max-pool begins."""
-    for i in range(part, len(ranges), parts):
+    first, last = _share(len(ranges), part, parts)
+    for i in range(first, last):
         for word in range(at + ranges[i, 0], at + ranges[i, 1]):
             put(arena, word, values[i])
 
@@ -89,7 +99,8 @@ def take_view(arena, source_at, source, target_at, target, numbers, part, parts)
     height, width, images = target[HEIGHT], target[WIDTH], target[IMAGES]
     begin = min(width, max(0, -(first_x // stride_x)))
     end = max(begin, min(width, (source[WIDTH] - 1 - first_x) // stride_x + 1))
-    for row in range(part, target[WORDS] * height, parts):
+    first, last = _share(target[WORDS] * height, part, parts)
+    for row in range(first, last):
         c, y = row // height, stride_y * (row % height) + first_y
         to = target_at + target[FIRST] + c * target[CHANNEL] + row % height * target[ROW]
         if y < 0 or y >= source[HEIGHT]:
@@ -127,7 +138,8 @@ def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part
     if source[PAIRS] or target[PAIRS]:
         _max_pool_of_pairs(arena, source_at, source, target_at, target, kernel, stride, padding, part, parts)
     elif source[INTERLEAVED]:
-        for y in range(part, target[HEIGHT], parts):
+        first, last = _share(target[HEIGHT], part, parts)
+        for y in range(first, last):
             top, bottom = _inside(y, kernel[0], stride[0], padding[0], source[HEIGHT])
             for x in range(target[WIDTH]):
                 left, right = _inside(x, kernel[1], stride[1], padding[1], source[WIDTH])
@@ -137,7 +149,8 @@ def max_pool(arena, source_at, source, target_at, target, numbers, scratch, part
                         start = source_at + source[FIRST] + v * source[ROW] + u * source[COLUMN]
                         _take_larger(arena, start, to, source[WORDS] * source[IMAGES], v == top and u == left)
     else:
-        for row in range(part, target[WORDS] * target[HEIGHT], parts):
+        first, last = _share(target[WORDS] * target[HEIGHT], part, parts)
+        for row in range(first, last):
             c, y = row // target[HEIGHT], row % target[HEIGHT]
             top, bottom = _inside(y, kernel[0], stride[0], padding[0], source[HEIGHT])
             start = source_at + source[FIRST] + c * source[CHANNEL]
@@ -180,7 +193,8 @@ def _take_larger(arena, start, to, count, first):
 
 @compiled(**OPTIONS)
 def _max_pool_of_pairs(arena, source_at, source, target_at, target, kernel, stride, padding, part, parts):
-    for row in range(part, target[WORDS] * target[HEIGHT], parts):
+    first, last = _share(target[WORDS] * target[HEIGHT], part, parts)
+    for row in range(first, last):
         w, y = row // target[HEIGHT], row % target[HEIGHT]
         top, bottom = _inside(y, kernel[0], stride[0], padding[0], source[HEIGHT])
         for x in range(target[WIDTH]):
@@ -208,7 +222,8 @@ def _put_half(arena, at, value, upper, pairs):
 @compiled(**OPTIONS)
 def mean(arena, source_at, source, target_at, target, part, parts):
     """The mean of each map, summed in float64."""
-    for w in range(part, target[WORDS], parts):
+    first, last = _share(target[WORDS], part, parts)
+    for w in range(first, last):
         for i in range(target[IMAGES]):
             for upper in range(1 + target[PAIRS]):
                 total = 0.0
@@ -230,7 +245,8 @@ def elementwise(arena, at, source, other, target, numbers, part, parts):
     each = source[HEIGHT] * source[WIDTH] == other[HEIGHT] * other[WIDTH]  # has a number of its own for each pixel
     interleaved, images = target[INTERLEAVED], target[IMAGES]
     pixels = target[HEIGHT] * target[WIDTH]
-    for run in range(part, pixels if interleaved else target[WORDS], parts):
+    first, last = _share(pixels if interleaved else target[WORDS], part, parts)
+    for run in range(first, last):
         # Numbers that lie one after the other: all channels of a pixel, or all pixels of a channel.
         y, x, c, count = 0, 0, run, pixels * images
         if interleaved:
