@@ -148,7 +148,10 @@ def test_large_maps_go_on_depth_first(side, whole):
     assert (schedule.stretch(plan) == len(plan.work)) == whole
 
 
-def test_few_images_have_no_stretch():
-    plan = plan_of(Convolution(0, "0"), weights=layer_weights((4, 3, 1, 1)), images=7)
-    assert schedule.stretch(plan) == 0
-    assert all(step.kind != STRETCH for step in schedule.schedule(plan, {1: 1}, 1, 1).steps)
+def test_images_that_share_no_vectors_go_through_all_layers_one_for_each_thread():
+    plan = plan_of(Convolution(0, "0"), weights=layer_weights((4, 3, 1, 1)), images=1)
+    for bundles, threads, alone in ((1, 2, 0), (3, 2, 2), (4, 2, 4), (5, 1, 5)):
+        steps = schedule.schedule(plan, {1: 1}, bundles, threads).steps
+        assert sum(step.bundles for step in steps if step.kind == STRETCH) == alone
+        shared = {(step.bundle, step.bundles) for step in steps if step.kind != STRETCH}
+        assert shared == ({(alone, bundles - alone)} if alone < bundles else set())

@@ -27,9 +27,9 @@ from reprolib.sparse.operations import Convolution, Graph
 
 IN_FLIGHT_BYTES = 1 << 28  # of bundles that go through the network together: memory stays bounded
 MOST_IN_FLIGHT = 32  # of these bundles
-# Images share vectors where the largest map of as many as a vector has lanes is not larger than this; larger ones go
-# through the network alone, and neighbouring positions share vectors.
-SHARED_BYTES = 1 << 27
+# Images share vectors where the largest map of as many as a vector has lanes is not larger than this, about what a
+# third-level cache holds. Larger ones go through the network alone, and neighbouring positions share vectors.
+SHARED_BYTES = 1 << 25
 PROGRAMS = 8  # sizes of images and numbers of them that a network remembers
 
 

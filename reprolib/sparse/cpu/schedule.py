@@ -2,7 +2,7 @@
 
 Early layers run *depth first*: a thread takes a bundle of images through all of them in memory of its own. Where maps
 have become small, threads share each layer, for all bundles at once: the code of a layer is long then, and should be
-read once.
+read once. Images too large to share vectors go through all layers that way, if there is one for each thread.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ def apart(plan: Plan, groups: dict[int, int], bundles: int, threads: int) -> tup
 
 
 def stretch(plan: Plan) -> int:
-    """How many pieces of work are done depth first: all before the first layer of small maps and many weights."""
+    """How many pieces of work are done depth first: all before the first layer of small maps and many weights; simply
+    all where images do not share vectors.
+    """
     if not any(layout.interleaved for layout, _ in plan.places):
-        return 0
+        return len(plan.work)
     for work in plan.work:
         small = work.kind == LAYER and len(work.stage.places) * plan.images < SMALL_MAP
         if small and np.count_nonzero(work.stage.weight) > FEW_WEIGHTS:
