@@ -6,10 +6,12 @@ import io
 import os
 import pickle
 import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 
 from reprolib.patterns import parse
 from reprolib.sparse import SparseNetwork, cpu, describe, sparsify
-from reprolib.sparse.cpu import encoder, generator, network, planner
+from reprolib.sparse.cpu import driver, encoder, generator, network, planner
 from reprolib.sparse.operations import Convolution, Graph, Mean
 
 pytestmark = pytest.mark.skipif(
@@ -219,6 +221,27 @@ def test_several_threads_at_once(pruned):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_calls_lend_helpers_what_these_expect(pruned, monkeypatch):
+    """Types are not looked at when a helper reads the arguments of a call."""
+    found = []
+    monkeypatch.setattr(network, "work", lambda arguments, mail: found.append(numba.typeof(arguments)))
+    for batch in (1, 16, 40):
+        sparsify(pruned)(torch.zeros(batch, 3, 8, 8))
+    assert set(found) == {numba.typeof(driver.EXAMPLE)}
+
+
+def test_helpers_help_and_fall_asleep(pruned):
+    sparse, x = sparsify(pruned), torch.zeros(64, 3, 8, 8)
+    driver_result(sparse, x)
+    calls, mail = int(network._mail[driver.CALLS]), network._mail
+    driver_result(sparse, x)
+    assert mail[driver.CALLS] == calls + 1 and mail[driver.CALL] == mail[driver.INSIDE] == 0
+    deadline = time.monotonic() + 60
+    while mail[driver.ASLEEP] < len(network._helpers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

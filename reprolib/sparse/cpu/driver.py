@@ -6,10 +6,22 @@ slower, never stuck. What moves numbers is in `moves`; here are layers, which ca
 
 from __future__ import annotations
 
+import numpy as np
+
 from reprolib.sparse.compilation import compiled
 from reprolib.sparse.cpu import moves
 from reprolib.sparse.cpu.activations import OPTIONS, activate_vector
-from reprolib.sparse.cpu.intrinsics import call, claim, let_others_run, pause, prefetch, read
+from reprolib.sparse.cpu.intrinsics import (
+    borrowed,
+    call,
+    compare_and_swap,
+    fetch_add,
+    lent,
+    let_others_run,
+    pause,
+    prefetch,
+    read,
+)
 from reprolib.sparse.cpu.layout import CHANNELS, HEIGHT, IMAGES, WIDTH
 from reprolib.sparse.cpu.planner import ELEMENTWISE, FILL, INPUT, LAYER, MAX_POOL, MEAN, OUTPUT, VIEW
 from reprolib.sparse.cpu.schedule import OWN, STRETCH
@@ -21,6 +33,15 @@ SPINS = 2000  # before a waiting thread lets others run
 VECTORS = 32  # output vectors of a band: a multiple of the four that a max-pool takes
 SCRATCH = 32 * 64 * VECTORS  # bytes for the sums of a band: at most 32 registers of 64 bytes
 LINGER = 20_000  # pauses for which a helper stays awake after its work: waking up takes long
+
+# What calls and helpers tell each other, each in a line of its own.
+CALL = 0 * LINE  # the number of the call that has helpers; 0: none; -1: it begins or ends
+ADDRESS = 1 * LINE  # of its arguments
+INSIDE = 2 * LINE  # helpers that use them
+CALLS = 3 * LINE  # that have had helpers
+ANNOUNCED = 4 * LINE  # calls that are about to begin
+ASLEEP = 5 * LINE  # helpers
+MAIL = 6 * LINE
 
 # Columns of tables; addresses are bytes.
 GROUP, GROUPS, PLACE, PLACES, MASKS, MASK_BYTES, SUM_BYTES, LANES = range(8)  # of a layer
@@ -151,19 +172,21 @@ def _do(arena, base, outside, plan, step, task, slot, sums):
         _layer(arena, base, plan, work, first, last, at, strides, start, stop, sums)
 
 
-@compiled(**FROM_PYTHON)
-def work(arena, base, scratch, outside, plan, steps, counters):
-    """Take tasks, step by step, until all are done. `outside`: addresses of the inputs, and of the outputs."""
-    slot = claim(counters, 0)
+@compiled(**OPTIONS)
+def _take_part(arena, base, scratch, outside, plan, steps, counters, threads):
+    """Take tasks, step by step, until all are done; nobody but the first `threads` to come."""
+    slot = fetch_add(counters, 0, 1)
+    if slot >= threads:
+        return
     for s in range(len(steps)):
         claimed, done = LINE * (2 * s + 1), LINE * (2 * s + 2)
         tasks = steps[s, TASKS]
         while True:
-            task = claim(counters, claimed)
+            task = fetch_add(counters, claimed, 1)
             if task >= tasks:
                 break
             _do(arena, base, outside, plan, steps[s], task, slot, scratch + slot * SCRATCH)
-            claim(counters, done)
+            fetch_add(counters, done, 1)
         spins = 0
         while read(counters, done) < tasks:
             pause()
@@ -172,9 +195,53 @@ def work(arena, base, scratch, outside, plan, steps, counters):
                 let_others_run()
 
 
+# --- Help -------------------------------------------------------------------------------------------------------------
+# A call lends its arguments to helpers, which never leave compiled code meanwhile: in Python they would wait for the
+# caller, and for all others. One call at a time has helpers; another one that comes meanwhile does its work alone.
+
+
 @compiled(**FROM_PYTHON)
-def linger(bell, heard):
-    for _ in range(LINGER):
-        if read(bell, 0) != heard:
-            return
+def work(arguments, mail):
+    """Do all work of a call. `arguments`: those of `_take_part`; the type of each is that in `EXAMPLE`."""
+    helped = arguments[7] > 1 and compare_and_swap(mail, CALL, 0, -1)
+    if helped:
+        mail[ADDRESS] = lent(arguments)
+        compare_and_swap(mail, CALL, -1, 1 + fetch_add(mail, CALLS, 1))
+    _take_part(*arguments)
+    if helped:
+        fetch_add(mail, CALL, -1 - mail[CALL])
+        while read(mail, INSIDE) > 0:
+            pause()
+        compare_and_swap(mail, CALL, -1, 0)
+
+
+@compiled(**FROM_PYTHON)
+def help_out(mail, example):
+    """Help with calls until none has come for a while. `example`: the type of their arguments."""
+    helped, announced, waited = 0, read(mail, ANNOUNCED), 0
+    fetch_add(mail, ASLEEP, -1)
+    while True:
+        call = read(mail, CALL)
+        if call > 0 and call != helped:
+            fetch_add(mail, INSIDE, 1)
+            if read(mail, CALL) == call:  # it can't end now
+                _take_part(*borrowed(read(mail, ADDRESS), example))
+            fetch_add(mail, INSIDE, -1)
+            helped, announced, waited = call, read(mail, ANNOUNCED), 0
         pause()
+        waited += 1
+        if waited > LINGER:
+            fetch_add(mail, ASLEEP, 1)
+            if read(mail, ANNOUNCED) == announced:
+                return
+            fetch_add(mail, ASLEEP, -1)
+            announced, waited = read(mail, ANNOUNCED), 0
+
+
+def _example():
+    longs, pairs, floats = np.zeros(0, np.int64), np.zeros((0, 0), np.int64), np.zeros(0, np.float32)
+    plan = (pairs,) * 4, pairs, pairs, floats, pairs, pairs, pairs
+    return floats, 0, 0, pairs, plan, pairs, longs, 0
+
+
+EXAMPLE = _example()

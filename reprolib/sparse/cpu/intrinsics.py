@@ -6,6 +6,8 @@ from functools import partial
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
 
 _I64 = ir.IntType(64)
@@ -82,15 +84,30 @@ def bits_of(context, number):
     return types.int32(types.float32), generate
 
 
+def _place(context, builder, array_type, array, i):
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
+
+
 @intrinsic
-def claim(context, counters, i):
-    """Add one to a counter that threads share; its value before."""
+def fetch_add(context, counters, i, amount):
+    """Add to a counter that threads share; its value before."""
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [arguments[1]]), _I64(1), "seq_cst")
+        place = _place(context, builder, signature.args[0], *arguments[:2])
+        return builder.atomic_rmw("add", place, arguments[2], "seq_cst")
 
-    return types.int64(types.int64[::1], types.int64), generate
+    return types.int64(types.int64[::1], types.int64, types.int64), generate
+
+
+@intrinsic
+def compare_and_swap(context, counters, i, old, new):
+    """Write `new` where a counter is `old`; whether it was."""
+
+    def generate(context, builder, signature, arguments):
+        place = _place(context, builder, signature.args[0], *arguments[:2])
+        return builder.extract_value(builder.cmpxchg(place, *arguments[2:], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64[::1], *[types.int64] * 3), generate
 
 
 @intrinsic
@@ -98,10 +115,31 @@ def read(context, counters, i):
     """The counter's value now, and all that was written before it rose to that."""
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load_atomic(builder.gep(data, [arguments[1]]), "acquire", 8)
+        return builder.load_atomic(_place(context, builder, signature.args[0], *arguments), "acquire", 8)
 
     return types.int64(types.int64[::1], types.int64), generate
+
+
+@intrinsic
+def lent(context, values):
+    """The address of these values, for other threads, as long as the function that calls this has not returned."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ptrtoint(cgutils.alloca_once_value(builder, arguments[0]), _I64)
+
+    return types.int64(values), generate
+
+
+@intrinsic
+def borrowed(context, address, like):
+    """The values at such an address. Their types must be those of `like`."""
+
+    def generate(context, builder, signature, arguments):
+        kind = context.get_value_type(signature.return_type)
+        values = builder.load(builder.inttoptr(arguments[0], kind.as_pointer()))
+        return impl_ret_borrowed(context, builder, signature.return_type, values)
+
+    return like(types.int64, like), generate
 
 
 @intrinsic

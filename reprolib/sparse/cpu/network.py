@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple
 from functools import cache, cached_property, lru_cache, partial
 from types import ModuleType
@@ -18,7 +18,7 @@ import numpy as np
 
 from reprolib.sparse.compilation import told
 from reprolib.sparse.cpu import generator, layout, planner
-from reprolib.sparse.cpu.driver import LINE, SCRATCH, linger, work
+from reprolib.sparse.cpu.driver import ANNOUNCED, ASLEEP, EXAMPLE, LINE, MAIL, SCRATCH, help_out, work
 from reprolib.sparse.cpu.encoder import BYTES
 from reprolib.sparse.cpu.planner import LAYER, OUTPUT
 from reprolib.sparse.cpu.schedule import Schedule, apart, schedule
@@ -140,9 +140,7 @@ class Program:
         for row, arrays in zip(outside, (inputs, outputs), strict=True):
             row[: len(arrays)] = [array.ctypes.data for array in arrays]
         plan = self._tables, self._layouts, fills, values, areas, places, works
-        arguments = arena, base, base + size, outside, plan, steps, counters
-        _invite(threads - 1, (self, inputs, outputs, *arguments))
-        work(*arguments)
+        work((arena, base, base + size, outside, plan, steps, counters, threads), _with_helpers(threads - 1))
 
 
 def _numbered(order: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -205,6 +203,7 @@ def _compile(isa: ModuleType) -> None:
     weights = {"weight": (np.ones((1, 1, 1, 1), np.float32), np.zeros(1, np.float32))}
     with told():
         Program(graph, weights, [(1, 1, 1)], 1, isa).run([np.zeros((1, 1, 1, 1), np.float32)], 1, [])
+        help_out(np.zeros(MAIL, np.int64), EXAMPLE)
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -240,35 +239,45 @@ def _libc() -> ctypes.CDLL:
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
-_invitations: queue.SimpleQueue
-_tickets: Iterator[int]  # numbers of calls that ask for help
-_bell: np.ndarray  # the last ticket
+_mail: np.ndarray  # what calls and helpers tell each other: see `driver`
+_sleepers: queue.SimpleQueue  # wakes helpers
 _helpers: list[threading.Thread]
+_cores: set[int]  # where helpers may run
 
 
 def _alone() -> None:
     """Nobody helps yet: at the start, and in a forked child, where threads are gone."""
-    global _invitations, _tickets, _bell, _helpers
-    _invitations, _tickets, _bell, _helpers = queue.SimpleQueue(), itertools.count(1), np.zeros(LINE, np.int64), []
+    global _mail, _sleepers, _helpers, _cores
+    _mail, _sleepers, _helpers, _cores = np.zeros(MAIL, np.int64), queue.SimpleQueue(), [], set()
 
 
 _alone()
 os.register_at_fork(after_in_child=_alone)
 
 
-def _invite(count: int, what: tuple) -> None:
+def _with_helpers(count: int) -> np.ndarray:
+    """Wake helpers for a call that is about to begin; what to tell them by."""
+    global _cores
+    if not count:
+        return _mail
     while len(_helpers) < count:
-        _helpers.append(threading.Thread(target=_help, args=(_invitations, _bell), daemon=True))
+        _helpers.append(threading.Thread(target=_help, args=(_mail, _sleepers), daemon=True))
+        _mail[ASLEEP] += 1
         _helpers[-1].start()
-    ticket = next(_tickets)
-    for _ in range(count):
-        _invitations.put((ticket, what))
-    _bell[0] = ticket
+        _cores = set()
+    others = os.sched_getaffinity(0) - {_libc().sched_getcpu()}
+    if others and others != _cores:  # else Linux may wake them on the caller's core, and they take turns there
+        _cores = others
+        for helper in list(_helpers):
+            with suppress(OSError):
+                os.sched_setaffinity(helper.native_id, others)
+    _mail[ANNOUNCED] += 1
+    for _ in range(min(count, int(_mail[ASLEEP]))):
+        _sleepers.put(None)
+    return _mail
 
 
-def _help(invitations: queue.SimpleQueue, bell: np.ndarray) -> None:
+def _help(mail: np.ndarray, sleepers: queue.SimpleQueue) -> None:
     while True:
-        ticket, (_, _, _, *arguments) = invitations.get()  # the first ones keep code and images alive
-        work(*arguments)
-        del _, arguments
-        linger(bell, ticket)  # not what the bell says now: a call that came meanwhile would wait for help in vain
+        sleepers.get()
+        help_out(mail, EXAMPLE)
