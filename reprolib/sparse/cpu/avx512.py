@@ -18,7 +18,7 @@ LANES, REGISTERS = 16, 32
 TEMPORARIES = 0  # registers that `multiply_add` needs
 GROUP_ROWS = (31, 28, 24, 16)  # output channels of a group: the size that takes the fewest instructions is chosen
 REACH = 128  # numbers before and behind a pointer that a displacement of one byte reaches
-CHUNK, CHUNK_OF_FEW = 1000, 8000  # multiplications that stay in the instruction cache; where code streams anyway
+CHUNK, CHUNK_OF_FEW = 2000, 8000  # multiplications that stay in the instruction cache; where code streams anyway
 
 _OR, _XOR = Operation(1, 1, 0xEB), Operation(1, 1, 0xEF)  # vpord, vpxord
 
