@@ -13,9 +13,9 @@ register number, its value the next one of a stream of weights. Columns without 
 Where few weights are zero, code per weight does not pay: there it is a loop over input channels that multiplies by all
 weights of a column, zeros too.
 
-One to two thousand multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that it stays
-in the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019) and
-SparseDNN; patents touch the field (US 11,216,732, US 10,915,816).
+One to two thousand multiplications make a *chunk*. It runs for a band of output vectors before the next one, so that
+it stays in the instruction cache; sums wait in a scratch meanwhile. Code per kept weight is known from FBGEMM (2019)
+and SparseDNN; patents touch the field (US 11,216,732, US 10,915,816).
 
 A chunk is called as ``f(source, weights, sums, target, masks, addend)``.
 """
