@@ -52,8 +52,8 @@ def peer_rows(latency: pd.DataFrame, sparsity: float = 0.9) -> pd.DataFrame:
 
 
 def measured(profile: str) -> pd.DataFrame:
-    """`peer_rows` of the profile's ``latency.csv``; where it holds no peers, of its short table; empty without both."""
-    for path in (paths.latency_csv(profile), paths.short_latency_csv(profile)):
+    """`peer_rows` of the profile's short table, which docs show; without it, of ``latency.csv``; empty without both."""
+    for path in (paths.short_latency_csv(profile), paths.latency_csv(profile)):
         rows = peer_rows(records.read_csv(path)) if path.exists() else pd.DataFrame()
         if len(rows):
             return rows
