@@ -59,8 +59,8 @@ def test_a_claim_is_traced_to_rows_formula_seeds_commits_hardware_and_command(nu
         )
         key = "latency_us" if number == 4 else "run_id"
         assert all(f"{value:.10g}" if number == 4 else value in part for value in decision.rows[key])
-        assert set(decision.rows["hardware"]) == {"AMD EPYC, 2 cores, AVX512"}
-        assert "hardware  AMD EPYC, 2 cores, AVX512" in lines
+        [hardware] = set(decision.rows["hardware"])
+        assert "2 cores" in hardware and f"hardware  {hardware}" in lines
 
 
 def test_a_cell_is_traced_to_its_networks():
