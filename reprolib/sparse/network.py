@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from reprolib.sparse import compilation, cpu, cuda, operations, portable
+from reprolib.sparse.capture.islands import LINEAR_DENSITY, SMALL_CONVOLUTION
 from reprolib.sparse.formats import Bitmap, Format, pack
 from reprolib.sparse.operations import Convolution, Flatten, Graph, Linear, Operation, Weights
-
-# Kernels for one layer at a time leave a linear layer with more weights, and a smaller part of zeros, to torch.
-MOST_DENSE, FEWEST_ZEROS = 1 << 16, 0.65
 
 
 class _Prepared(dict):
@@ -288,7 +286,7 @@ def problem(operation: Operation, layers: nn.ModuleDict) -> str | None:
     """What keeps an operation from such kernels, if anything does."""
     if isinstance(operation, Linear):
         layer = layers[_key(operation.weight)]
-        few = layer.shape.numel() > MOST_DENSE and layer.sparsity < FEWEST_ZEROS
+        few = layer.shape.numel() > SMALL_CONVOLUTION and 1 - layer.sparsity > LINEAR_DENSITY
         return f"{layer.sparsity:.0%} of its weights are zero, dense is faster" if few else None
     if not isinstance(operation, Convolution):
         return "no layer"

@@ -216,10 +216,10 @@ def work(arguments, mail):
 
 
 @compiled(**FROM_PYTHON)
-def help_out(mail, example):
-    """Help with calls until none has come for a while. `example`: the type of their arguments."""
+def help_out(mail, example, slept):
+    """Help with calls until none has come for a while. `example`: the types of their arguments; `slept`: 0 or 1."""
     helped, announced, waited = 0, read(mail, ANNOUNCED), 0
-    fetch_add(mail, ASLEEP, -1)
+    fetch_add(mail, ASLEEP, -slept)
     while True:
         call = read(mail, CALL)
         if call > 0 and call != helped:
