@@ -120,12 +120,51 @@ class Pruned:
 
     @cached_property
     def run_id(self) -> str:
-        return f"{self.dense.origin}-{self.method}-{100 * self.sparsity:g}pct-{fingerprint(self)}"
+        return _run_id(self)
 
     @property
     def label(self) -> str:
         """What progress bars and messages call it."""
-        return f"{data.label(self.dense.dataset)}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
+        return _label(self)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A rival: a dense network that loses whole channels, `sparsity` of its weights, and is retrained.
+
+    See `pruning.remove_channels`. All of them go at once; the learning rate is rewound as for `Pruned`.
+    """
+
+    dense: Dense
+    sparsity: float
+    epochs: int
+    method = "channels"
+
+    def __post_init__(self):
+        if not isinstance(self.dense, Dense):
+            raise ValueError(f"dense must be the Dense experiment to start from, not {self.dense!r}")
+        sparsity = checks.number("sparsity", self.sparsity)
+        check_sparsity(sparsity)
+        _normalise(self, sparsity=sparsity, epochs=checks.whole("epochs", self.epochs))
+
+    @cached_property
+    def run_id(self) -> str:
+        return _run_id(self)
+
+    @property
+    def label(self) -> str:
+        """What progress bars and messages call it."""
+        return _label(self)
+
+
+def _run_id(experiment: Pruned | Channels) -> str:
+    share = f"{100 * experiment.sparsity:g}pct"
+    return f"{experiment.dense.origin}-{experiment.method}-{share}-{fingerprint(experiment)}"
+
+
+def _label(experiment: Pruned | Channels) -> str:
+    dense = experiment.dense
+    return f"{data.label(dense.dataset)}, seed {dense.seed}, {experiment.method} at {100 * experiment.sparsity:g} %"
 
 
 def _normalise(frozen, **values) -> None:
@@ -133,7 +172,7 @@ def _normalise(frozen, **values) -> None:
         object.__setattr__(frozen, name, value)
 
 
-def fingerprint(experiment: Dense | Pruned) -> str:
+def fingerprint(experiment: Dense | Pruned | Channels) -> str:
     """Eight hex digits of the non-default fields: a new field with a default keeps the ids of old runs.
 
     Hybrids on a schedule always say how their masks are made: up to version 0.1 they were refitted without saying so.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Required, get_type_hints
 
@@ -12,7 +12,7 @@ from pydantic import Field
 from typing_extensions import TypedDict  # Python 3.11 has one that pydantic cannot read
 
 from reprolib import experiments
-from reprolib.experiments import Dense, Pruned
+from reprolib.experiments import Channels, Dense, Pruned
 from reprolib.files import paths, settings
 from reprolib.files.atomic import write_atomically
 from reprolib.files.settings import Count, Some
@@ -37,6 +37,7 @@ class Profile:
     """What to compute. `methods` and `ablations` map a name to fields of `Pruned`; a method may restrict the
     profile's `sparsities`, `seeds` and `datasets` with keys of these names. `threads` is per network in training:
     results are bit-identical for equal thread counts, and many small networks train fastest on one thread each.
+    `channels` are sparsities at which whole channels go, as a rival.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Profile:
     ablations: dict[str, Method]
     images: int = 0
     model: str = "vgg16"
+    channels: list[float] = field(default_factory=list)
 
     def dense(self, dataset: str, seed: int) -> Dense:
         return Dense(dataset, self.recipe, self.width, tuple(self.hidden), seed, self.images, self.model)
@@ -81,6 +83,11 @@ class Profile:
             return []
         return self.experiments(dataset, seed, **settings)
 
+    def without_channels(self) -> list[Channels]:
+        """Networks that lose whole channels."""
+        dense = [self.dense(dataset, seed) for seed in self.seeds for dataset in self.datasets]
+        return [Channels(one, sparsity, self.retraining_epochs) for one in dense for sparsity in self.channels]
+
     def asked(self, section: str) -> list[Pruned]:
         """All experiments of a section, ``methods`` or ``ablations``."""
         return [
@@ -91,11 +98,12 @@ class Profile:
             for experiment in self.pruned(method, dataset, seed)
         ]
 
-    def plan(self) -> list[Dense | Pruned]:
+    def plan(self) -> list[Dense | Pruned | Channels]:
         """All experiments, the most telling ones first, each behind the dense network that it starts from.
 
         Of each seed: the dense networks, then what decides claims on hybrid, block and balanced, the other methods, the
-        ablations; within these, sparsities, data sets and methods in the order in which the profile names them.
+        ablations, those without channels; within these, sparsities, data sets and methods in the order in which the
+        profile names them.
         """
 
         def place(experiment: Pruned) -> int:
@@ -111,6 +119,7 @@ class Profile:
             decisive = [e for e in of_seed["methods"] if e.method in DECISIVE and e.sparsity >= DECIDED_FROM]
             ordered += [self.dense(dataset, seed) for dataset in self.datasets]
             ordered += decisive + of_seed["methods"] + of_seed["ablations"]
+            ordered += [experiment for experiment in self.without_channels() if experiment.dense.seed == seed]
         return list(dict.fromkeys(ordered))
 
 
@@ -131,7 +140,7 @@ def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
             "epochs": experiments.epochs(e),
             "run_id": e.run_id,
         }
-        for e in dense + profile.asked("methods")
+        for e in dense + profile.asked("methods") + profile.without_channels()
     )
     rows = rows.sort_values("dataset", key=lambda names: names.map(profile.datasets.index), kind="stable")
     rows["trained"] = rows["run_id"].isin(accuracy["run_id"])

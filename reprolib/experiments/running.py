@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reprolib import models, pruning, training
 from reprolib.experiments import records
-from reprolib.experiments.definitions import Dense, Pruned
+from reprolib.experiments.definitions import Channels, Dense, Pruned
 from reprolib.files import tensors
 from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
 from reprolib.training import data, precision
@@ -23,9 +23,10 @@ from reprolib.training import data, precision
 TOLERANCE = 0.005  # half a point: how far achieved sparsity may lie from its target
 RETRAINING_SEED = 1_000_000  # added to the seed: retraining draws other images than training, the same for all patterns
 CHECKPOINT = "checkpoint.safetensors"
+CHANNELS_BY = "Torch-Pruning"
 
 
-def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) -> dict:
+def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = math.inf) -> dict:
     """The experiment's record, from `folder` if it is there, else computed and written there.
 
     The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (`reprolib.files.tensors`);
@@ -36,7 +37,7 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
     path = folder / experiment.run_id / "record.json"
     if path.exists():
         return records.read(path)
-    if isinstance(experiment, Pruned):
+    if not isinstance(experiment, Dense):
         run(experiment.dense, folder, deadline)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
@@ -46,7 +47,7 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
         for unfinished in path.parent.glob(".*.safetensors.*"):  # of a process that was ended while it wrote
             unfinished.unlink()
         started = time.perf_counter() - training.position(checkpoint).wall_time_s
-        compute = _run_pruned if isinstance(experiment, Pruned) else _run_dense
+        compute = {Dense: _run_dense, Pruned: _run_pruned, Channels: _run_channels}[type(experiment)]
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
         tensors.write(path.parent / "weights.safetensors", model.state_dict())
         record = {
@@ -61,16 +62,16 @@ def run(experiment: Dense | Pruned, folder: Path, deadline: float = math.inf) ->
         return records.read(path)
 
 
-def is_done(experiment: Dense | Pruned, folder: Path) -> bool:
+def is_done(experiment: Dense | Pruned | Channels, folder: Path) -> bool:
     return (folder / experiment.run_id / "record.json").exists()
 
 
-def epochs(experiment: Dense | Pruned) -> int:
+def epochs(experiment: Dense | Pruned | Channels) -> int:
     """How many epochs the experiment itself trains."""
     return experiment.recipe.epochs if isinstance(experiment, Dense) else experiment.epochs
 
 
-def epochs_done(experiment: Dense | Pruned, folder: Path) -> float:
+def epochs_done(experiment: Dense | Pruned | Channels, folder: Path) -> float:
     """Epochs of an experiment that need not be computed any more, as its record or its checkpoint says."""
     if is_done(experiment, folder):
         return epochs(experiment)
@@ -80,13 +81,13 @@ def epochs_done(experiment: Dense | Pruned, folder: Path) -> float:
         return 0.0  # damaged: whoever trains it says so
 
 
-def load_model(experiment: Dense | Pruned, folder: Path) -> nn.Module:
+def load_model(experiment: Dense | Pruned | Channels, folder: Path) -> nn.Module:
     """The trained network of an experiment that has been run, in eval mode on the training device."""
     path = folder / experiment.run_id / "weights.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"no weights {path}: delete {path.parent} and run the experiment again")
-    dense = experiment.dense if isinstance(experiment, Pruned) else experiment
-    model = _new_model(dense)
+    dense = experiment if isinstance(experiment, Dense) else experiment.dense
+    model = _without_channels(experiment, folder) if isinstance(experiment, Channels) else _new_model(dense)
     model.load_state_dict(tensors.read(path))
     return model.eval()
 
@@ -174,15 +175,56 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         "target_sparsity": experiment.sparsity,
         "sparsity": pruning.achieved_sparsity(masks),
         "sparsity_total": pruned / _parameters(model),
-        "accuracy_dense_pct": run(dense, folder)["row"]["accuracy_pct"],
-        "accuracy_pruned_pct": accuracy_pruned,
-        "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision),
-        "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
-        "epochs": experiment.epochs,
+        **_accuracies(experiment, folder, model, dataset, accuracy_pruned, curve),
         "flops": pruning.remaining_flops(_flops(model, dataset), masks),
         "params_kept": _parameters(model) - pruned,
     }
     return row, curve, model
+
+
+def _run_channels(experiment: Channels, folder: Path, **limits):
+    dense = experiment.dense
+    dataset = _dataset(dense)
+    whole, model = load_model(dense, folder), _without_channels(experiment, folder)
+    accuracy_pruned = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
+    curve = training.fit(
+        model,
+        dataset,
+        replace(dense.recipe, epochs=experiment.epochs),
+        seed=RETRAINING_SEED + dense.seed,
+        lr_at=lambda progress: training.rewound_lr(progress, experiment.epochs, dense.recipe.epochs),
+        label=experiment.label,
+        **limits,
+    )
+    kept = sum(map(Tensor.numel, pruning.prunable(model).values()))
+    row = _dense_columns(dense) | {
+        "pattern": experiment.method,
+        "spec": CHANNELS_BY,
+        "target_sparsity": experiment.sparsity,
+        "sparsity": 1 - kept / sum(map(Tensor.numel, pruning.prunable(whole).values())),
+        "sparsity_total": 1 - _parameters(model) / _parameters(whole),
+        **_accuracies(experiment, folder, model, dataset, accuracy_pruned, curve),
+        "flops": sum(_flops(model, dataset).values()),
+        "params_kept": _parameters(model),
+    }
+    return row, curve, model
+
+
+def _accuracies(experiment: Pruned | Channels, folder: Path, model, dataset, accuracy_pruned: float, curve) -> dict:
+    return {
+        "accuracy_dense_pct": run(experiment.dense, folder)["row"]["accuracy_pct"],
+        "accuracy_pruned_pct": accuracy_pruned,
+        "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, experiment.dense.recipe.precision),
+        "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
+        "epochs": experiment.epochs,
+    }
+
+
+def _without_channels(experiment: Channels, folder: Path) -> nn.Module:
+    """The dense network, trained, without the channels that the experiment removes; not retrained."""
+    size = data.shape(experiment.dense.dataset)[1]
+    model = pruning.remove_channels(load_model(experiment.dense, folder), experiment.sparsity, (3, size, size))
+    return model.to(memory_format=torch.channels_last)
 
 
 def _accuracy_right_after(experiment: Pruned, pattern: Pattern, ratios, dataset, folder: Path) -> float:

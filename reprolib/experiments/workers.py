@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from reprolib import experiments
-from reprolib.experiments import Dense, Pruned, records
+from reprolib.experiments import Channels, Dense, Pruned, records
 from reprolib.files.deadline import OutOfTime
 from reprolib.files.processes import end_with_parent
 
@@ -32,7 +32,7 @@ class Worker(NamedTuple):
 
 
 def train(
-    plan: list[Dense | Pruned],
+    plan: list[Dense | Pruned | Channels],
     folder: Path,
     *,
     workers: int,

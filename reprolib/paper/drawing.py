@@ -25,6 +25,7 @@ STYLE = {
     "two-four-block": ("#5D3A9B", "p"),
     "block-group-lasso": ("#E69F00", "P"),
     "random-hybrid": ("#56B4E9", "X"),
+    "channels": ("#8B5A2B", "*"),
 }
 SPARE_COLORS = sns.color_palette("dark")
 VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#777777", "no data": "#BBBBBB"}

@@ -6,6 +6,7 @@ optimizer.step()
 pruner.step()
 """
 
+from reprolib.pruning.channels import remove_channels
 from reprolib.pruning.masks import (
     MASKS,
     SCORES,
@@ -36,6 +37,7 @@ __all__ = [
     "make_masks",
     "prunable",
     "remaining_flops",
+    "remove_channels",
     "sensitivity_ratios",
     "sparsity_at",
     "uniform_ratios",

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from reprolib import experiments
 from reprolib.bench import reach
-from reprolib.experiments import Dense, Pruned, profiles, records, workers
+from reprolib.experiments import Channels, Dense, Pruned, profiles, records, workers
 from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
 from reprolib.files.atomic import write_atomically
@@ -169,7 +169,7 @@ def write_tables(profile: Profile) -> None:
     """
     dense = [profile.dense(dataset, seed) for seed in profile.seeds for dataset in profile.datasets]
     sections = {
-        paths.accuracy_csv: dense + profile.asked("methods"),
+        paths.accuracy_csv: dense + profile.asked("methods") + profile.without_channels(),
         paths.ablations_csv: profile.asked("ablations"),
     }
     runs = paths.runs(profile.name)
@@ -181,7 +181,7 @@ def write_tables(profile: Profile) -> None:
 # --- Progress -------------------------------------------------------------------------------------------------------
 
 
-def _epochs_done(plan: list[Dense | Pruned], runs: Path) -> Callable[[], float]:
+def _epochs_done(plan: list[Dense | Pruned | Channels], runs: Path) -> Callable[[], float]:
     """A function that says how many epochs of a plan are trained, and tells of each network that got done meanwhile."""
     waiting = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
     finished = sum(map(experiments.epochs, plan)) - sum(map(experiments.epochs, waiting))
