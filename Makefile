@@ -14,7 +14,7 @@ GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES)
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-train lab lock clean
+.PHONY: help env data test lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-trained bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ bench-networks: env ## bench-peers with larger networks: ResNet-18 and ResNet-50
 	@$(BIN)/python -m reprolib.files.environment --peers
 	$(BIN)/python -m reprolib.bench latency --peers --networks --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
 	@$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop) --networks
+
+bench-trained: env ## bench-peers with trained networks of PROFILE (resnet), beside pruned channels and torch's own masks
+	@$(BIN)/python -m reprolib.files.environment --peers
+	$(BIN)/python -m reprolib.bench latency --peers --trained --profile $(or $(PROFILE),resnet) $(if $(BUDGET),--budget $(BUDGET))
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from reprolib.bench import latency, masks, peers, reach
+from reprolib.bench import latency, masks, peers
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime, seconds
@@ -34,6 +34,7 @@ def main() -> None:
     extent.add_argument("--short", dest="extent", action="store_const", const="short", help="one table at 90 %%")
     networks = "ResNet-18 and ResNet-50 for images of 224 x 224 pixels"
     extent.add_argument("--networks", dest="extent", action="store_const", const="networks", help=networks)
+    extent.add_argument("--trained", dest="extent", action="store_const", const="trained", help="its trained networks")
     parser.add_argument("--peers", action="store_true", help="of latency: engines of other makers, too, on a CPU")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="of latency: such as 9m; ask again to go on")
     parser.add_argument("--output", type=Path, help="where the table goes, if not below results/")
@@ -44,17 +45,16 @@ def main() -> None:
             masks.print_times(arguments.threads)
             return
         profile, device = profiles.load(arguments.profile), arguments.device
-        if why := reach.why_untimed(profile):
-            raise ValueError(f"{profile.name}: {why}")
         extent = arguments.extent or "all"
         output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
         apart = {"short": paths.short_latency_csv, "networks": paths.networks_latency_csv}
+        apart |= {"trained": paths.trained_latency_csv}
         if extent in apart and not arguments.output:
             output = output.with_name(apart[extent](profile.name).name)
         if arguments.what == "latency":
             deadline = time.time() + arguments.budget
-            if device != "cpu" and (arguments.peers or extent == "networks"):
-                raise ValueError("peers and larger networks run on a CPU: --peers and --networks are for --device cpu")
+            if device != "cpu" and (arguments.peers or extent in ("networks", "trained")):
+                raise ValueError("--peers, --networks and --trained are for --device cpu: peers run on a CPU")
             with peers.running(arguments.threads) if arguments.peers else contextlib.nullcontext() as others:
                 latency.benchmark(profile, device, extent, output, deadline, others)
         else:

@@ -12,13 +12,15 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 
+from reprolib import experiments, models
 from reprolib.bench.peers import Peers
 from reprolib.bench.rivals import (
     SPARSE,
@@ -29,17 +31,22 @@ from reprolib.bench.rivals import (
     layer_contenders,
     network_contenders,
     torchvision_contenders,
+    trained_contenders,
 )
 from reprolib.bench.timing import Contender, measure
-from reprolib.experiments import records
+from reprolib.experiments import Dense, records
 from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime
 from reprolib.sparse import cuda
+from reprolib.training import data
 
 BATCHES = {"cpu": (1, 16, 64), "cuda": (1, 128, 1024)}
 SEEDS = 5  # networks per pattern and sparsity: the intervals of claim 4 are over them
+CIFAR_SIDE = 32  # pixels
 CONTEST = ["scope", "name", "batch", "seed"]  # what is measured together
+
+FULL = {"dataset": "cifar10", "model": "vgg16", "width": 1.0, "hidden": ()}  # the network of the survey
 
 # The survey, at full width. Balanced(64) is the shortest bank that expresses all sparsities.
 PATTERNS = {
@@ -66,9 +73,18 @@ LAYERS = (
 )
 SURVEY: Specs = tuple((name, spec, sparsity) for name, spec in PATTERNS.items() for sparsity in SPARSITIES)
 
-# Networks of torchvision, for images of 224 x 224 pixels: name, layers, weights and multiply-adds for an image.
+
+class Size(NamedTuple):
+    """What a network costs: layers that hold weights, their weights, and multiply-adds for an image."""
+
+    layers: int
+    weights: float
+    macs: float
+
+
+# Networks of torchvision, for images of 224 x 224 pixels.
 IMAGE_SIZE = 224
-NETWORKS = {"resnet18": ("ResNet-18", 21, 11.7e6, 1.8e9), "resnet50": ("ResNet-50", 54, 25.6e6, 4.1e9)}
+NETWORKS = {"resnet18": ("ResNet-18", Size(21, 11.7e6, 1.8e9)), "resnet50": ("ResNet-50", Size(54, 25.6e6, 4.1e9))}
 NETWORK_BATCHES = (1, 16)
 NETWORK_SPECS = tuple(spec for spec in SURVEY if spec[0] in CONDITIONED and spec[-1] == SHORT_SPARSITY)
 
@@ -80,7 +96,6 @@ CALLS_S = {"cpu": 0.16, "cuda": 0.001}  # per billion multiply-adds of the dense
 CALL_IMAGES = 3  # that a call costs beside its own
 CONTEST_S = 1.0
 TRUST_S = 30.0  # of contests that are done: as much as the numbers above are trusted
-VGG_LAYERS, VGG_WEIGHTS, VGG_MACS = 14, 14.7e6, 0.313e9  # at full width, for one image
 
 
 @dataclass(frozen=True)
@@ -106,19 +121,21 @@ def benchmark(
 ) -> None:
     """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
 
-    ``own``: the profile's networks; ``all``: also full-width VGG-16, its layers, and other numbers of threads;
-    ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images instead. What
-    tells most comes first; a line says of each contest what came out and what time is left.
+    ``own``: the profile's networks, untrained; ``all``: also full-width VGG-16, its layers, and other numbers of
+    threads; ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images instead;
+    ``trained``: the profile's trained networks of its first seed, and those without channels. What tells most comes
+    first; a line says of each contest what came out and what time is left.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
 
-    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer, larger network;
-    ceiling: what bounds the layers; conditions: on fewer threads and with swept caches; first look: one network, before
-    all others, that no figure shows), name, width, batch, device, dtype, pattern, spec, target_sparsity, sparsity (of
-    the pruned layers), implementation, seed, rounds, latency_us (median) with latency_q1_us and latency_q3_us, speedup
-    (over the fastest dense one, by whichever engine, of the same contest and of the type of the kernels: fp32 on a CPU,
-    fp16 on a GPU), kind (measured), commit, hardware, threads, torch.
+    One row per implementation, seed, batch and network or layer. Columns: scope (network, layer, larger network,
+    trained network; ceiling: what bounds the layers; conditions: on fewer threads and with swept caches; first look:
+    one network, before all others, that no figure shows), name, width, batch, device, dtype, pattern, spec,
+    target_sparsity, sparsity (of the pruned layers), implementation, seed, rounds, latency_us (median) with
+    latency_q1_us and latency_q3_us, file_bytes (of trained networks), speedup (over the fastest dense one, by whichever
+    engine, of the same contest and of the type of the kernels: fp32 on a CPU, fp16 on a GPU), kind (measured), commit,
+    hardware, threads, torch.
 
     Raises OutOfTime when `time.time()` passes `deadline`, RuntimeError where the device's kernels can't run.
     """
@@ -196,81 +213,109 @@ def _best_dense_us(rows: pd.DataFrame, device: str) -> float:
 def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = None) -> Iterator[Contest]:
     """Every network or layer, batch and seed; what tells most first. The batches of a network follow one another."""
     batches = BATCHES[device]
+    own_network = profile.dense(profile.datasets[0], 0)
+    full_network = replace(own_network, **FULL)
+    is_full = _named("", own_network, 1, 0, device) == _named("", full_network, 1, 0, device) and not own_network.hidden
+    survey, own = extent == "all", profile_specs(profile)
 
-    def network(width: float, seed: int, batch: int, specs: Specs, scope: str = "network") -> Contest:
-        name = {"scope": scope, "name": f"VGG-16 ×{width:g}", "width": width, "batch": batch, "seed": seed}
-        others = peers if scope == "network" else None
-        prepare = partial(network_contenders, width, seed, batch, device, specs, others=others)
-        weights, macs = VGG_WEIGHTS * width**2, VGG_MACS * width**2
-        again = batch != batches[0]
-        return Contest(
-            name | {"device": device}, prepare, effort_s(VGG_LAYERS, weights, macs, batch, device, len(specs), again)
-        )
+    def network(dense: Dense, seed: int, batch: int, specs: Specs, scope: str = "network") -> Contest:
+        most = seed == 0 and (is_full or dense is full_network)
+        others = {"others": peers, "pruned_peers": most} if scope == "network" else {}
+        prepare = partial(network_contenders, replace(dense, seed=seed), batch, device, specs, **others)
+        effort = effort_s(_size(dense), batch, device, len(specs), batch != batches[0])
+        return Contest(_named(scope, dense, batch, seed, device), prepare, effort)
 
     if extent == "short":
         specs = tuple(spec for spec in SURVEY if spec[-1] == SHORT_SPARSITY)
-        yield from (network(1.0, 0, batch, specs) for batch in batches)
-        yield from _conditions(device)
+        yield from (network(full_network, 0, batch, specs) for batch in batches)
+        yield from _conditions(full_network, device)
         return
     if extent == "networks":
         yield from _larger_networks(device, peers)
         return
-    survey = extent == "all"
-    own = profile_specs(profile)
+    if extent == "trained":
+        yield from _trained(profile, peers)
+        return
     if survey:
-        yield network(profile.width, 0, batches[0], first_look(own), "first look")
-    if survey and profile.width == 1:  # one network, one list: what the profile times already is not timed again
+        yield network(own_network, 0, batches[0], first_look(own), "first look")
+    if survey and is_full:  # one network, one list: what the profile times already is not timed again
         timed = {(pattern, sparsity) for pattern, _, sparsity in own}
         own += tuple(
             (pattern, spec, sparsity) for pattern, spec, sparsity in SURVEY if (pattern, sparsity) not in timed
         )
-    yield from (network(profile.width, 0, batch, own) for batch in batches)
-    if survey and profile.width != 1:
-        yield from (network(1.0, 0, batch, SURVEY) for batch in batches)
+    yield from (network(own_network, 0, batch, own) for batch in batches)
+    if survey and not is_full:
+        yield from (network(full_network, 0, batch, SURVEY) for batch in batches)
     for seed, batch in itertools.product(range(1, SEEDS), batches):
-        yield network(profile.width, seed, batch, own)
+        yield network(own_network, seed, batch, own)
     if not survey:
         return
     batch = batches[-1]  # the one that figures of layers show
     for c_in, c_out, size in LAYERS:
         name = {"scope": "layer", "name": f"{c_in}→{c_out}, {size}×{size}", "width": 1.0, "batch": batch, "seed": 0}
         weights = 9 * c_in * c_out
-        effort = effort_s(1, weights, weights * size**2, batch, device, len(SURVEY))
+        effort = effort_s(Size(1, weights, weights * size**2), batch, device, len(SURVEY))
         yield Contest(
             name | {"device": device}, partial(layer_contenders, c_in, c_out, size, batch, device, SURVEY), effort
         )
-    yield from _conditions(device)
+    yield from _conditions(full_network, device)
     name = {"scope": "ceiling", "name": "arithmetic and memory", "width": 1.0, "batch": 1, "seed": 0, "device": device}
     yield Contest(name, partial(ceilings, device))
 
 
-def _conditions(device: str) -> Iterator[Contest]:
+def _named(scope: str, dense: Dense, batch: int, seed: int, device: str) -> dict:
+    """The columns of a contest with this network; its name says the size of the images where that is not CIFAR's."""
+    side = data.shape(dense.dataset)[1]
+    name = models.title(dense.model, dense.width) + (f", {side}×{side}" if side != CIFAR_SIDE else "")
+    return {"scope": scope, "name": name, "width": dense.width, "batch": batch, "seed": seed, "device": device}
+
+
+@cache
+def _size(dense: Dense) -> Size:
+    model, side = experiments.untrained(dense), data.shape(dense.dataset)[1]
+    layers = models.weight_layers(model).values()
+    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    return Size(len(layers), weights, sum(models.layer_flops(model, (3, side, side)).values()) / 2)
+
+
+def _conditions(dense: Dense, device: str) -> Iterator[Contest]:
     """On a CPU: how threads and caches matter."""
     specs = tuple(spec for spec in SURVEY if spec[0] in CONDITIONED and spec[-1] == SHORT_SPARSITY)
     for batch in BATCHES["cpu"] if device == "cpu" else ():
-        name = {"scope": "conditions", "name": "VGG-16 ×1", "width": 1.0, "batch": batch, "seed": 0, "device": device}
-        effort = effort_s(VGG_LAYERS, VGG_WEIGHTS, VGG_MACS, batch, device, 3 * len(specs), batch > 1)
-        yield Contest(name, partial(condition_contenders, batch, specs), effort)
+        effort = effort_s(_size(dense), batch, device, 3 * len(specs), batch > 1)
+        name = _named("conditions", dense, batch, 0, device)
+        yield Contest(name, partial(condition_contenders, dense, batch, specs), effort)
+
+
+def _trained(profile: Profile, peers: Peers | None) -> Iterator[Contest]:
+    """Raises FileNotFoundError where the networks are not trained here."""
+    dense = profile.dense(profile.datasets[0], profile.seeds[0])
+    pruned = [e for e in profile.asked("methods") if e.sparsity == SHORT_SPARSITY]
+    smaller = tuple(e for e in (*pruned, *profile.without_channels()) if e.dense == dense)
+    runs = paths.runs(profile.name)
+    if not all(experiments.is_done(experiment, runs) for experiment in (dense, *smaller)):
+        raise FileNotFoundError(
+            f"networks of {profile.name} are not trained here: make reproduce PROFILE={profile.name}"
+        )
+    for batch in BATCHES["cpu"]:
+        effort = effort_s(_size(dense), batch, "cpu", len(smaller), batch > 1)
+        name = _named("trained network", dense, batch, dense.seed, "cpu")
+        yield Contest(name, partial(trained_contenders, dense, smaller, runs, batch, peers), effort)
 
 
 def _larger_networks(device: str, peers: Peers | None) -> Iterator[Contest]:
-    for name, (title, layers, weights, macs) in NETWORKS.items():
+    for name, (title, network) in NETWORKS.items():
         for batch in NETWORK_BATCHES:
             about = {"scope": "larger network", "name": f"{title}, {IMAGE_SIZE}×{IMAGE_SIZE}", "width": 1.0}
             prepare = partial(torchvision_contenders, name, IMAGE_SIZE, batch, NETWORK_SPECS, peers)
-            effort = effort_s(layers, weights, macs, batch, device, len(NETWORK_SPECS), batch > 1)
+            effort = effort_s(network, batch, device, len(NETWORK_SPECS), batch > 1)
             yield Contest(about | {"batch": batch, "seed": 0, "device": device}, prepare, effort)
 
 
-def effort_s(
-    layers: int, weights: float, macs: float, batch: int, device: str, specs: int, again: bool = False
-) -> float:
-    """Seconds that a contest may take: so many layers with so many weights, and multiply-adds for an image.
-
-    They are dense and pruned in `specs` ways; `again` for another batch.
-    """
-    prepare_s = specs * (layers * LAYER_S + weights / 1e6 * WEIGHTS_S) * (AGAIN if again else 1)
-    return CONTEST_S + prepare_s + CALLS_S[device] * (specs + 3) * (batch + CALL_IMAGES) * macs / 1e9
+def effort_s(size: Size, batch: int, device: str, specs: int, again: bool = False) -> float:
+    """Seconds that a contest may take with a network, dense and pruned in `specs` ways; `again` for another batch."""
+    prepare_s = specs * (size.layers * LAYER_S + size.weights / 1e6 * WEIGHTS_S) * (AGAIN if again else 1)
+    return CONTEST_S + prepare_s + CALLS_S[device] * (specs + 3) * (batch + CALL_IMAGES) * size.macs / 1e9
 
 
 def first_look(specs: Specs) -> Specs:

@@ -2,32 +2,39 @@
 
 Those that run in processes of their own are in `peers`.
 
-Only the masks matter for speed, so the networks are untrained; batch norm is folded on both sides.
+Only the masks matter for speed, so most networks are untrained; batch norm is folded on both sides.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
+from torch.nn.utils import prune
 
-from reprolib import pruning, sparse
+from reprolib import experiments, pruning, sparse
 from reprolib.bench import engine, peers
 from reprolib.bench.timing import Contender, rotating
-from reprolib.models import vgg16
+from reprolib.experiments import Channels, Dense, Pruned
 from reprolib.patterns import gemm_view, parse
 from reprolib.sparse import cpu, cuda, portable
+from reprolib.training import data
 from reprolib.training.precision import usable
 
 SPARSE = "sparse kernels"
 SPARSE_BF16 = "sparse kernels, bf16"  # a way of its own: claims and figures are about fp32
+TORCH_MASKS = "torch.nn.utils.prune"
 INPUTS = 4  # that take turns
 SWEPT = "caches swept"
 SWEEP_BYTES = 2**28  # written between two calls: more than caches hold
@@ -45,67 +52,107 @@ def kernel_type(device: str) -> str:
 
 
 def network_contenders(
-    width: float, seed: int, batch: int, device: str, specs: Specs, others: peers.Peers | None = None
+    dense: Dense, batch: int, device: str, specs: Specs, others: peers.Peers | None = None, pruned_peers: bool = False
 ) -> list[Contender]:
-    """VGG-16, dense and pruned as each of `specs` says; in bf16, too, where a CPU has instructions for it.
+    """An untrained network, dense and pruned as each of `specs` says.
 
-    `others` run the dense network; the pruned ones are for the engine that gains from zeros, at full width and for one
-    seed: it compiles each of them for seconds.
+    Pruned ones run in bf16, too, where a CPU has instructions for it.
+    `others` run the dense network; with `pruned_peers`, the engine that gains from zeros runs the pruned ones, too: it
+    compiles each of them for seconds.
     """
-    dense, sparse_models = _networks(width, seed, device, specs)
-    generator = torch.Generator().manual_seed(seed)
-    images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
-    return _contenders(dense, sparse_models, images, device, specs, others, (width, seed) == (1.0, 0))
+    networks = _networks(dense, device, specs)
+    return _contenders(networks, _images(batch, dense), device, others, pruned_peers)
 
 
 def torchvision_contenders(
     name: str, size: int, batch: int, specs: Specs, others: peers.Peers | None
 ) -> list[Contender]:
     """The same with a network of torchvision, on a CPU, for images ``[batch, 3, size, size]``."""
-    dense, sparse_models = _torchvision_networks(name, specs)
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(batch, 3, size, size, generator=generator) for _ in range(INPUTS)]
-    return _contenders(dense, sparse_models, images, "cpu", specs, others, True)
+    return _contenders(_torchvision_networks(name, specs), _random_images(batch, size, 0), "cpu", others, True)
 
 
-def _contenders(
-    dense: nn.Module,
-    sparse_models: list[tuple[dict, nn.Module]],
-    images: list[Tensor],
-    device: str,
-    specs: Specs,
-    others: peers.Peers | None,
-    all_peers: bool,
+def trained_contenders(
+    dense: Dense, smaller: tuple[Pruned | Channels, ...], runs: Path, batch: int, others: peers.Peers | None
 ) -> list[Contender]:
-    """All that run a dense network or what `specs` make of it; `all_peers`: the pruned ones by others, too."""
-    found = list(_dense_contenders(_folded(dense), images, device))
-    found += [_sparse_contender(model, images, device, **about) for about, model in sparse_models]
-    if device == "cpu" and cpu.instruction_sets(pairs=True):
-        for about, model in (_pruned(dense, *spec) for spec in specs):
-            small = sparse.sparsify(model, dtype=torch.bfloat16)
-            found.append(Contender(SPARSE_BF16, "bf16", rotating(small, images, device), spins=False, **about))
-    if others:
-        found += peers.dense_contenders(_folded(dense), images, others)
-        for peer in others.engines:
-            if peer.name == peers.USES_ZEROS and all_peers:
-                pruned = (_pruned(dense, *spec) for spec in specs)
-                found += [peers.peer_contender(peer, _folded(model), images, **about) for about, model in pruned]
+    """Networks that were trained in the folder `runs`, on a CPU, each by all that a user would run it with.
+
+    Those without channels are dense networks. The first unstructured one takes part with the masks of
+    torch.nn.utils.prune, too. They know the size of their files.
+    """
+    networks, narrower = _trained_networks(dense, smaller, runs)
+    images = _images(batch, dense)
+    sizes = {(n.about.get("pattern", "dense"), n.about.get("target_sparsity", 0.0)): _file_bytes(n) for n in networks}
+    found = [
+        replace(contender, file_bytes=sizes[contender.pattern, contender.target_sparsity])
+        if contender.implementation == SPARSE or contender.pattern == "dense"
+        else contender
+        for contender in _contenders(networks, images, "cpu", others, True)
+    ]
+    for network in [each for each in networks if each.about.get("pattern") == "unstructured"][:1]:
+        masked = _with_torch_masks(network.masked)
+        call = rotating(masked, _channels_last(images), "cpu")
+        found.append(Contender(TORCH_MASKS, "fp32", call, **network.about, file_bytes=_state_bytes(masked)))
+    for about, narrow in narrower:
+        contenders = [*_dense_contenders(_folded(narrow), images, "cpu")]
+        contenders += peers.dense_contenders(_folded(narrow), images, others) if others else []
+        found += [replace(contender, **about, file_bytes=_state_bytes(narrow)) for contender in contenders]
     return found
 
 
-def condition_contenders(batch: int, specs: Specs) -> list[Contender]:
-    """Full-width VGG-16 on a CPU, dense and pruned, on 1, 2, 4 .. threads, up to those torch may use now.
+class Network(NamedTuple):
+    """A network: what tables say of it, nothing of a dense one; as torch runs it, zeros and all; by our kernels."""
+
+    about: dict
+    masked: nn.Module
+    sparse: nn.Module
+
+
+def _images(batch: int, dense: Dense) -> list[Tensor]:
+    return _random_images(batch, data.shape(dense.dataset)[1], dense.seed)
+
+
+def _random_images(batch: int, size: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, size, size, generator=generator) for _ in range(INPUTS)]
+
+
+def _channels_last(images: list[Tensor]) -> list[Tensor]:
+    return [x.to(memory_format=torch.channels_last) for x in images]
+
+
+def _contenders(
+    networks: list[Network], images: list[Tensor], device: str, others: peers.Peers | None, pruned_peers: bool
+) -> list[Contender]:
+    """All that run the first of `networks`, a dense one, and our kernels for the others, which are pruned.
+
+    With `pruned_peers`, the pruned ones by others, too.
+    """
+    dense, *pruned = networks
+    found = list(_dense_contenders(_folded(dense.masked), images, device))
+    found += [_sparse_contender(network.sparse, images, device, **network.about) for network in networks]
+    if device == "cpu" and cpu.instruction_sets(pairs=True):
+        for network in pruned:
+            small = sparse.sparsify(network.masked, dtype=torch.bfloat16)
+            found.append(Contender(SPARSE_BF16, "bf16", rotating(small, images, device), spins=False, **network.about))
+    if others:
+        found += peers.dense_contenders(_folded(dense.masked), images, others)
+        for peer in others.engines:
+            if peer.name == peers.USES_ZEROS and pruned_peers:
+                found += [peers.peer_contender(peer, _folded(n.masked), images, **n.about) for n in pruned]
+    return found
+
+
+def condition_contenders(dense: Dense, batch: int, specs: Specs) -> list[Contender]:
+    """An untrained network on a CPU, dense and pruned, on 1, 2, 4 .. threads, up to those torch may use now.
 
     One image also with caches that hold nothing of the network: other data were written before each call. The name of
     an implementation ends with its condition.
     """
-    dense, sparse_models = _networks(1.0, 0, "cpu", specs)
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(batch, 3, 32, 32, generator=generator) for _ in range(INPUTS)]
-    rows = [x.to(memory_format=torch.channels_last) for x in images]
-    dense = _folded(dense).to(memory_format=torch.channels_last)
-    ways = [("oneDNN, channels last", rotating(dense, rows, "cpu"), {})]
-    ways += [(SPARSE, rotating(model, images, "cpu"), about) for about, model in sparse_models if about]
+    whole, *pruned = _networks(dense, "cpu", specs)
+    images = _images(batch, dense)
+    folded = _folded(whole.masked).to(memory_format=torch.channels_last)
+    ways = [("oneDNN, channels last", rotating(folded, _channels_last(images), "cpu"), {})]
+    ways += [(SPARSE, rotating(network.sparse, images, "cpu"), network.about) for network in pruned]
     most = torch.get_num_threads()
     found = []
     for threads in (2**n for n in range(most.bit_length())):
@@ -143,40 +190,73 @@ def _swept_us(call: Callable[[], object], memory: np.ndarray) -> float:
 
 
 @lru_cache(maxsize=1)  # the batches of a seed share its networks
-def _networks(width: float, seed: int, device: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
-    """A dense VGG-16, and what `sparsify` makes of it: as it is, and pruned as each of `specs` says."""
-    with torch.random.fork_rng(devices=[]):  # layers know no generator but the global one
-        torch.manual_seed(seed)
-        dense = vgg16(10, width).eval()
-    return dense, _sparsified(dense, device, specs)
+def _networks(dense: Dense, device: str, specs: Specs) -> list[Network]:
+    """An untrained network as it is, and pruned as each of `specs` says."""
+    return _with_pruned(experiments.untrained(dense).eval(), device, specs)
 
 
 @lru_cache(maxsize=1)
-def _torchvision_networks(name: str, specs: Specs) -> tuple[nn.Module, list[tuple[dict, nn.Module]]]:
+def _torchvision_networks(name: str, specs: Specs) -> list[Network]:
     from torchvision import models  # here: it takes a second
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dense = models.get_model(name, weights=None).eval()
-    return dense, _sparsified(dense, "cpu", specs)
+    return _with_pruned(dense, "cpu", specs)
 
 
-def _sparsified(dense: nn.Module, device: str, specs: Specs) -> list[tuple[dict, nn.Module]]:
-    found = [({}, sparse.sparsify(dense, device, dense=True))]
-    for spec in specs:
-        about, model = _pruned(dense, *spec)
-        found.append((about, sparse.sparsify(model, device)))
+def _with_pruned(dense: nn.Module, device: str, specs: Specs) -> list[Network]:
+    """A network, and copies of it that are pruned as each of `specs` says."""
+    found = [Network({}, dense, sparse.sparsify(dense, device, dense=True))]
+    for pattern, spec, sparsity in specs:
+        model = copy.deepcopy(dense)
+        weights = pruning.prunable(model)
+        masks = pruning.make_masks(weights, parse(spec), pruning.uniform_ratios(weights, sparsity))
+        pruning.apply_masks(weights, masks)
+        about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
+        about |= {"sparsity": pruning.achieved_sparsity(masks)}
+        found.append(Network(about, model, sparse.sparsify(model, device)))
     return found
 
 
-def _pruned(dense: nn.Module, pattern: str, spec: str, sparsity: float) -> tuple[dict, nn.Module]:
-    """What tables say of a pruned copy of the network, and the copy."""
-    model = copy.deepcopy(dense)
-    weights = pruning.prunable(model)
-    masks = pruning.make_masks(weights, parse(spec), pruning.uniform_ratios(weights, sparsity))
-    pruning.apply_masks(weights, masks)
-    about = {"pattern": pattern, "spec": spec, "target_sparsity": sparsity}
-    return about | {"sparsity": pruning.achieved_sparsity(masks)}, model
+@lru_cache(maxsize=1)
+def _trained_networks(
+    dense: Dense, smaller: tuple[Pruned | Channels, ...], runs: Path
+) -> tuple[list[Network], list[tuple[dict, nn.Module]]]:
+    """Networks of `runs`: the dense one with the pruned ones behind it; and those without channels."""
+    whole = experiments.load_model(dense, runs).cpu()
+    networks, narrower = [Network({}, whole, sparse.sparsify(whole, dense=True))], []
+    for experiment in smaller:
+        row = experiments.run(experiment, runs)["row"]
+        about = {key: row[key] for key in ("pattern", "spec", "target_sparsity", "sparsity")}
+        model = experiments.load_model(experiment, runs).cpu()
+        if isinstance(experiment, Channels):
+            narrower.append((about, model))
+        else:
+            networks.append(Network(about, model, sparse.sparsify(model)))
+    return networks, narrower
+
+
+def _file_bytes(network: Network) -> int:
+    """What `sparse.save` writes of a pruned network; of a dense one, its weights."""
+    if not network.about:
+        return _state_bytes(network.masked)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.safetensors"
+        sparse.save(network.sparse, path)
+        return path.stat().st_size
+
+
+def _state_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def _with_torch_masks(model: nn.Module) -> nn.Module:
+    """A copy whose zeros are masks of torch.nn.utils.prune, as they are while it trains."""
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for name, weight in pruning.prunable(model).items():
+        prune.custom_from_mask(model.get_submodule(name), "weight", weight != 0)
+    return model
 
 
 def layer_contenders(c_in: int, c_out: int, size: int, batch: int, device: str, specs: Specs) -> list[Contender]:
@@ -219,8 +299,11 @@ def ceilings(device: str) -> list[Contender]:
 
 
 def _folded(model: nn.Module) -> nn.Module:
-    """The model with every batch norm folded into the convolution before it."""
-    return optimization.fuse(model).eval()
+    """The model with every batch norm folded into the convolution before it; as it is where torch can't follow it."""
+    try:
+        return optimization.fuse(model).eval()
+    except Exception:  # whatever code of the user's own raises when torch.fx runs it
+        return copy.deepcopy(model).eval()
 
 
 def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> Iterator[Contender]:

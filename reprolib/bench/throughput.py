@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from reprolib import pruning
+from reprolib import experiments, pruning
 from reprolib.experiments import records
 from reprolib.experiments.profiles import Profile
-from reprolib.models import layer_flops, vgg16
+from reprolib.models import layer_flops
 from reprolib.training import Recipe, data, fit
 from reprolib.training.data import Dataset
 from reprolib.training.precision import PRECISIONS, usable
@@ -67,7 +67,7 @@ def benchmark(profile: Profile, device: str) -> pd.DataFrame:
     cases = [Case(PLAIN, pattern, 1, CORES) for pattern in ("dense", PRUNED[0])]
     for pattern, networks in itertools.product(("dense", PRUNED[0]), sorted(set(SIDE_BY_SIDE[device]))):
         cases.append(Case(OURS, pattern, networks, max(1, CORES // networks)))
-    flops = training_flops(_network(profile))
+    flops = training_flops(experiments.untrained(profile.dense(profile.datasets[0], 0)))
     ours = usable(profile.recipe.precision, device)
     peaks = {precision: peak_flop_per_s(device, precision) for precision in {"fp32", ours}}
     rows = []
@@ -214,7 +214,7 @@ def _loop(profile: Profile, device: str, case: Case) -> Callable[[int], object]:
     repeated = torch.arange(count) % len(dataset.train)  # digits are few
     train = data.Split(dataset.train.images[repeated], dataset.train.labels[repeated])
     dataset = replace(dataset, train=train, validation=dataset.validation.first(1))
-    model = _network(profile)
+    model = experiments.untrained(profile.dense(profile.datasets[0], 0))
     if case.loop != PLAIN:
         model, dataset = model.to(device, memory_format=torch.channels_last), dataset.to(device)
     pruner = None
@@ -230,10 +230,6 @@ def _loop(profile: Profile, device: str, case: Case) -> Callable[[int], object]:
             fit(model, dataset, replace(recipe, epochs=epochs), seed=0, pruner=pruner)
 
     return ours
-
-
-def _network(profile: Profile) -> nn.Sequential:
-    return vgg16(len(data.load(profile.datasets[0]).classes), profile.width, tuple(profile.hidden))
 
 
 def plain_fit(model: nn.Module, dataset: Dataset, recipe: Recipe, masks: dict[str, Tensor]) -> None:

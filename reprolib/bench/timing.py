@@ -30,6 +30,7 @@ class Contender:
     spec: str = ""
     target_sparsity: float = 0.0
     sparsity: float = 0.0
+    file_bytes: int = 0  # of the network's weights; 0 where nobody asks
     spins: bool = True
     time_us: Callable[[], float] | None = None
 
@@ -94,6 +95,7 @@ def measure(contenders: list[Contender], device: str) -> list[dict]:
             "latency_q1_us": q1[i],
             "latency_q3_us": q3[i],
         }
+        | ({"file_bytes": contender.file_bytes} if contender.file_bytes else {})
         for i, contender in enumerate(contenders)
     ]
 

@@ -7,17 +7,16 @@ of questions, `workers` ask many at a time.
 """
 
 from reprolib.experiments.definitions import Channels, Dense, Pruned
-from reprolib.experiments.running import CHECKPOINT, check_target, epochs, epochs_done, is_done, load_model, run
+from reprolib.experiments.running import (
+    CHECKPOINT,
+    check_target,
+    epochs,
+    epochs_done,
+    is_done,
+    load_model,
+    run,
+    untrained,
+)
 
-__all__ = [
-    "CHECKPOINT",
-    "Channels",
-    "Dense",
-    "Pruned",
-    "check_target",
-    "epochs",
-    "epochs_done",
-    "is_done",
-    "load_model",
-    "run",
-]
+__all__ = ["CHECKPOINT", "Channels", "Dense", "Pruned"]
+__all__ += ["check_target", "epochs", "epochs_done", "is_done", "load_model", "run", "untrained"]

@@ -47,7 +47,13 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
         for unfinished in path.parent.glob(".*.safetensors.*"):  # of a process that was ended while it wrote
             unfinished.unlink()
         started = time.perf_counter() - training.position(checkpoint).wall_time_s
-        compute = {Dense: _run_dense, Pruned: _run_pruned, Channels: _run_channels}[type(experiment)]
+        match experiment:
+            case Dense():
+                compute = _run_dense
+            case Channels():
+                compute = _run_channels
+            case _:
+                compute = _run_pruned
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
         tensors.write(path.parent / "weights.safetensors", model.state_dict())
         record = {
@@ -92,12 +98,16 @@ def load_model(experiment: Dense | Pruned | Channels, folder: Path) -> nn.Module
     return model.eval()
 
 
-def _new_model(dense: Dense) -> nn.Module:
-    with torch.random.fork_rng():
+def untrained(dense: Dense) -> nn.Module:
+    """The network of an experiment before it trains, on the CPU; the global random numbers stay as they are."""
+    with torch.random.fork_rng():  # layers know no generator but the global one
         torch.manual_seed(dense.seed)
         classes, image_size = data.shape(dense.dataset)
-        model = models.build(dense.model, classes, dense.width, dense.hidden, image_size)
-    return model.to(training.device(), memory_format=torch.channels_last)
+        return models.build(dense.model, classes, dense.width, dense.hidden, image_size)
+
+
+def _new_model(dense: Dense) -> nn.Module:
+    return untrained(dense).to(training.device(), memory_format=torch.channels_last)
 
 
 def _dataset(dense: Dense) -> data.Dataset:

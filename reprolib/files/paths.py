@@ -58,6 +58,11 @@ def networks_latency_csv(profile: str) -> Path:
     return results(profile) / "latency-networks.csv"
 
 
+def trained_latency_csv(profile: str) -> Path:
+    """What ``make bench-trained`` measures."""
+    return results(profile) / "latency-trained.csv"
+
+
 def training_csv(profile: str) -> Path:
     """What ``make bench-train`` measures."""
     return results(profile) / "training.csv"

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import pandas as pd
 
+from reprolib import models
+from reprolib.bench.latency import FULL
 from reprolib.bench.rivals import COPY_NUMBERS, PRODUCT_SIDE, SPARSE
 
+SURVEYED = models.title(FULL["model"], FULL["width"])
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SPEEDS = ["latency_us", "latency_q1_us", "latency_q3_us", "speedup", "speedup_q1", "speedup_q3"]
 
 
-def networks(latency: pd.DataFrame, width: float | None = None) -> pd.DataFrame:
-    """Whole networks of one width out of ``latency.csv``: medians over seeds, one row per way to run them.
+def networks(latency: pd.DataFrame, title: str = "") -> pd.DataFrame:
+    """One whole network out of ``latency.csv``: medians over seeds, one row per way to run it.
 
-    `width` is the largest one by default: full VGG-16, where the table holds the survey. Of the dense rivals the
+    `title` is that of `models.title`; by default the network of the survey, else the only one. Of the dense rivals the
     fastest of each type stays. Columns: name, device, hardware, threads, batch, ours (run by our kernels), pattern,
     spec, target_sparsity, dtype, latency_us with its quartiles, speedup with its quartiles (the slow one first).
     """
     rows = latency[latency["scope"] == "network"]
-    rows = _fastest(rows[rows["width"] == (rows["width"].max() if width is None else width)])
+    titles = rows["name"].str.split(",").str[0]  # behind a comma: the size of the images
+    rows = _fastest(rows[titles == (title or (SURVEYED if (titles == SURVEYED).any() else titles.iloc[0]))])
     rows = rows.assign(
         speedup_q1=rows["speedup"] * rows["latency_us"] / rows["latency_q3_us"],
         speedup_q3=rows["speedup"] * rows["latency_us"] / rows["latency_q1_us"],
@@ -79,7 +83,9 @@ def accuracy_and_latency(accuracy: pd.DataFrame, latency: pd.DataFrame) -> pd.Da
     )
     dense = trained[trained["pattern"] == "dense"].set_index("dataset")["flops"]
     trained["theoretical_speedup"] = trained["dataset"].map(dense) / trained.pop("flops")
-    return networks(latency, accuracy["width"].iloc[0]).merge(trained, on=["pattern", "spec", "target_sparsity"])
+    return networks(latency, models.title(*accuracy[["model", "width"]].iloc[0])).merge(
+        trained, on=["pattern", "spec", "target_sparsity"]
+    )
 
 
 def pareto_front(points: pd.DataFrame, cost: str = "latency_us", gain: str = "accuracy_pct") -> pd.DataFrame:

@@ -15,6 +15,8 @@ ROUND_TO = 16  # channels stay multiples of it: vectors of AVX-512; with fewer, 
 STEPS = 200  # in which all channels would go
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # Torch-Pruning follows gradients through the network
 def remove_channels(model: nn.Module, sparsity: float, image_shape: tuple[int, int, int]) -> nn.Module:
     """A narrower copy of `model`, in eval mode, without the share `sparsity` of the weights of its inner layers.
 

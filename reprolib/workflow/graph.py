@@ -24,7 +24,6 @@ import torch
 from tqdm import tqdm
 
 from reprolib import experiments
-from reprolib.bench import reach
 from reprolib.experiments import Channels, Dense, Pruned, profiles, records, workers
 from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
@@ -73,17 +72,12 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
         write_tables(profile)
         if missing:
             print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
-        whole, untimed = not missing and budget_s == math.inf, ""
-        if whole and not paths.latency_csv(profile.name).exists():
-            untimed = reach.why_untimed(profile)
-            if untimed:
-                print(f"no latencies: {untimed}")
-            elif not _measured(profile.name, cores):
-                errors.append("latencies could not be measured, see above: make bench tries again")
-        timed = paths.latency_csv(profile.name).exists()
+        whole = not missing and budget_s == math.inf
+        if whole and not paths.latency_csv(profile.name).exists() and not _measured(profile.name, cores):
+            errors.append("latencies could not be measured, see above: make bench tries again")
         try:
-            if whole and (timed or untimed):
-                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name, "latency": timed})
+            if whole and paths.latency_csv(profile.name).exists():
+                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name})
                 publish(profile.name)
             else:
                 draw(profile.name, cores, lock)

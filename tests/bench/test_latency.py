@@ -8,13 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reprolib import models
+from reprolib import experiments, models
 from reprolib.bench import latency, rivals, timing
-from reprolib.experiments import profiles, records
+from reprolib.experiments import Dense, profiles, records
 from reprolib.files.deadline import OutOfTime
 from reprolib.patterns import gemm_view, parse
 from reprolib.sparse import cpu, portable
+from reprolib.training import Recipe
 from reprolib.training.precision import usable
+
+RECIPE = Recipe(epochs=1, batch_size=8, lr=0.1, weight_decay=0.0, precision="fp32")
+
+
+def network(width, seed=0):
+    return Dense("noisy-digits", RECIPE, width, seed=seed, images=16)
 
 
 @pytest.fixture(scope="module")
@@ -154,23 +161,69 @@ def test_most_telling_contests_come_first(name, spec):
 def test_conditions_are_threads_and_swept_caches(monkeypatch):
     """On one thread the kernels give what they give on all, and afterwards all are used again."""
     threads, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(rivals, "vgg16", lambda classes, width: models.vgg16(classes, 0.125))
-    rivals._networks.cache_clear()
     torch.set_num_threads(3)
     try:
         with torch.inference_mode():
-            found = rivals.condition_contenders(1, (("block", "Block(4, 4)", 0.5),))
+            found = rivals.condition_contenders(network(0.125), 1, (("block", "Block(4, 4)", 0.5),))
             for contender in found:
                 contender.call(), seen.append(torch.get_num_threads())
             assert rivals._on_threads(torch.get_num_threads, 2)() == 2
             assert all(us > 0 for us in (c.time_us() for c in found if c.time_us))
     finally:
         torch.set_num_threads(threads)
-        rivals._networks.cache_clear()
     assert set(seen) == {3}
     ways = ["oneDNN, channels last", latency.SPARSE]
     names = [f"{way}, {condition}" for condition in ("1 thread", "2 threads", rivals.SWEPT) for way in ways]
     assert [c.implementation for c in found] == names
+
+
+def test_the_network_of_the_profile_is_timed_for_its_images(monkeypatch):
+    """ResNet-18, and a data set whose images have another size; its name says so, and so does what it may cost."""
+    profile = replace(profiles.load("resnet"), datasets=["folder:pets@64"])
+    shape = latency.data.shape
+    monkeypatch.setattr(latency.data, "shape", lambda name: (2, 64) if name == "folder:pets@64" else shape(name))
+    contests = list(latency._contests(profile, "cpu", "own"))
+    assert {contest.name["name"] for contest in contests} == {"ResNet-18 ×0.25, 64×64"}
+    assert {contest.prepare.args[0].model for contest in contests} == {"resnet18"}
+    size = latency._size(profile.dense("folder:pets@64", 0))
+    assert (
+        size.layers == 21 and size.macs == sum(models.layer_flops(models.resnet18(2, 0.25), (3, 64, 64)).values()) / 2
+    )
+    [model, *pruned] = rivals._networks(profile.dense("folder:pets@64", 0), "cpu", (("block", "Block(4, 4)", 0.5),))
+    assert model.masked(torch.zeros(1, 3, 64, 64)).shape == (1, 2) and len(pruned) == 1
+
+
+def test_trained_networks_meet_torch_masks_and_networks_without_channels(tmp_path, monkeypatch):
+    """One seed's networks, as they were trained; each with the size of its file."""
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    profile = replace(
+        profiles.load("resnet"),
+        datasets=["noisy-digits"],
+        images=16,
+        recipe=RECIPE,
+        retraining_epochs=1,
+        methods={"unstructured": {"pattern": "Unstructured()"}, "block": {"pattern": "Block(8, 8)"}},
+        channels=[0.5],
+    )
+    with pytest.raises(FileNotFoundError, match="are not trained here: make reproduce PROFILE=resnet"):
+        list(latency._contests(profile, "cpu", "trained"))
+    runs = tmp_path / "results" / "resnet" / "runs"
+    for experiment in profile.plan():
+        if experiment.label.split(", ")[1] == "seed 0":
+            experiments.run(experiment, runs)
+    first, *_ = latency._contests(profile, "cpu", "trained")
+    assert first.name["scope"] == "trained network" and first.name["batch"] == 1
+    with torch.inference_mode():
+        found = first.prepare()
+        logits = {(c.implementation, c.pattern): torch.as_tensor(c.call()) for c in found if c.dtype == "fp32"}
+    bytes_ = {(c.implementation, c.pattern): c.file_bytes for c in found}
+    dense, masks = bytes_["oneDNN, channels last", "dense"], bytes_[rivals.TORCH_MASKS, "unstructured"]
+    assert 0 < bytes_[latency.SPARSE, "block"] < bytes_["oneDNN, channels last", "channels"] < dense < masks
+    for way in ((latency.SPARSE, "dense"), ("oneDNN, channels first", "dense")):
+        torch.testing.assert_close(logits[way], logits["oneDNN, channels last", "dense"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        logits[rivals.TORCH_MASKS, "unstructured"], logits[latency.SPARSE, "unstructured"], atol=1e-3, rtol=1e-3
+    )
 
 
 def test_profile_without_hybrid_has_a_first_look_too():
@@ -189,12 +242,13 @@ def test_time_left_learns_from_what_is_done():
 
 
 def test_effort_grows_with_what_is_prepared_and_computed():
-    once = latency.effort_s(1, 1e6, 1e9, 16, "cpu", 10)
-    assert latency.effort_s(1, 1e6, 1e9, 16, "cpu", 10, again=True) < once
-    for more in [(2, 1e6, 1e9, 16, "cpu", 10), (1, 2e6, 1e9, 16, "cpu", 10), (1, 1e6, 2e9, 16, "cpu", 10)]:
-        assert once < latency.effort_s(*more)
-    for more in [(1, 1e6, 1e9, 64, "cpu", 10), (1, 1e6, 1e9, 16, "cpu", 20)]:
-        assert once < latency.effort_s(*more)
+    size = latency.Size(1, 1e6, 1e9)
+    once = latency.effort_s(size, 16, "cpu", 10)
+    assert latency.effort_s(size, 16, "cpu", 10, again=True) < once
+    for more in [(2, 1e6, 1e9), (1, 2e6, 1e9), (1, 1e6, 2e9)]:
+        assert once < latency.effort_s(latency.Size(*more), 16, "cpu", 10)
+    for more in [(64, "cpu", 10), (16, "cpu", 20)]:
+        assert once < latency.effort_s(size, *more)
 
 
 def test_each_contest_says_what_came_out_and_what_time_is_left(tmp_path, monkeypatch, capsys):
@@ -240,7 +294,7 @@ def test_our_own_threads_alone_are_known_not_to_spin(monkeypatch):
     specs = (("block", "Block(4, 4)", 0.5),)
 
     def resting():
-        found = rivals.network_contenders(0.0625, 0, 1, "cpu", specs) + rivals.layer_contenders(
+        found = rivals.network_contenders(network(0.0625), 1, "cpu", specs) + rivals.layer_contenders(
             8, 8, 4, 1, "cpu", specs
         )
         return {contender.implementation for contender in found if not contender.spins}
@@ -320,7 +374,7 @@ def test_contenders_of_a_layer_compute_the_same():
 
 def test_measuring_leaves_the_global_random_numbers_alone():
     before = torch.get_rng_state()
-    rivals.network_contenders(0.0625, 3, 1, "cpu", ())
+    rivals.network_contenders(network(0.0625, seed=3), 1, "cpu", ())
     rivals.layer_contenders(8, 8, 4, 1, "cpu", ())
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reprolib.bench import engine, peers, rivals, timing
+from reprolib.bench import engine, latency, peers, rivals, timing
+from reprolib.experiments import profiles
 from reprolib.files import environment
 from reprolib.models import vgg16
 
@@ -184,22 +185,29 @@ def test_missing_environment_names_the_command(tmp_path):
         pass
 
 
-def test_pruned_networks_of_full_width_and_the_first_seed_go_to_the_engine_that_uses_zeros(fake, monkeypatch):
+def test_pruned_networks_go_to_the_engine_that_uses_zeros_where_asked(fake, monkeypatch):
     found, _ = fake
-    dense = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).eval()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).eval()
+    networks = [rivals.Network({}, model, model), rivals.Network({"pattern": "block"}, model, model)]
     asked = []
-    monkeypatch.setattr(rivals, "_networks", lambda *_: (dense, []))
-    monkeypatch.setattr(rivals, "_pruned", lambda model, *spec: ({"pattern": spec[0]}, model))
     monkeypatch.setattr(rivals, "_dense_contenders", lambda *_: [])
+    monkeypatch.setattr(rivals.sparse, "sparsify", lambda model, **_: model)
     monkeypatch.setattr(peers, "dense_contenders", lambda *_: [])
     monkeypatch.setattr(peers, "peer_contender", lambda *_, pattern: asked.append(pattern))
-    for width, seed, expected in ((1.0, 0, ["block"]), (1.0, 1, []), (0.25, 0, [])):
+    for company, pruned_peers, expected in ((found, True, ["block"]), (found, False, []), (None, True, [])):
         asked.clear()
-        rivals.network_contenders(width, seed, 1, "cpu", (("block", "Block(4, 4)", 0.9),), found)
-        assert asked == expected, (width, seed)
-    asked.clear()
-    rivals.network_contenders(1.0, 0, 1, "cpu", (("block", "Block(4, 4)", 0.9),))
-    assert asked == []
+        rivals._contenders(networks, images(), "cpu", company, pruned_peers)
+        assert asked == expected
+
+
+def test_full_width_and_the_first_seed_are_for_pruned_peers():
+    contests = latency._contests(profiles.load("laptop"), "cpu", "all", peers.Peers((), False))
+    found = {
+        (c.name["width"], c.name["seed"]): c.prepare.keywords["pruned_peers"]
+        for c in contests
+        if c.name["scope"] == "network"
+    }
+    assert {key for key, value in found.items() if value} == {(1.0, 0)} and (0.25, 1) in found
 
 
 # --- The other end of the pipe ----------------------------------------------------------------------------------------

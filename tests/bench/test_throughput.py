@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from reprolib import experiments
 from reprolib.bench import throughput
 from reprolib.bench.throughput import OURS, PLAIN, Case
 from reprolib.experiments import profiles
@@ -27,8 +28,8 @@ def test_training_costs_three_passes_without_the_gradient_of_the_image():
 def test_loops_train_the_networks_that_they_name(case, monkeypatch):
     monkeypatch.setitem(throughput.STEPS, "cpu", 2)
     networks = []
-    vgg16 = throughput.vgg16
-    monkeypatch.setattr(throughput, "vgg16", lambda *arguments: networks.append(vgg16(*arguments)) or networks[-1])
+    untrained = experiments.untrained
+    monkeypatch.setattr(experiments, "untrained", lambda dense: networks.append(untrained(dense)) or networks[-1])
     train = throughput._loop(profiles.load("quick"), "cpu", case)
     before = networks[0][0].weight.detach().clone()
     train(1)

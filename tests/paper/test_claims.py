@@ -245,6 +245,7 @@ def latency_frame(latencies, width=0.25, device="cpu", scope="network", implemen
     rows = [
         {
             "scope": scope,
+            "name": f"VGG-16 ×{width:g}",
             "width": width,
             "device": device,
             "pattern": pattern,

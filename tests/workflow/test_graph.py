@@ -288,21 +288,6 @@ def test_budget_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     assert claims.loc[4, "verdict"] == "no data" and "make bench" in claims.loc[4, "remark"]
 
 
-def test_networks_that_are_not_timed_get_all_that_needs_no_latencies(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
-    asked = []
-    monkeypatch.setattr(graph.experiments, "is_done", lambda *_: True)
-    monkeypatch.setattr(graph, "write_tables", lambda profile: None)
-    monkeypatch.setattr(graph, "_measured", None)
-    monkeypatch.setattr(graph, "_epochs_done", lambda *_: lambda: 0)
-    monkeypatch.setattr(
-        runner, "snakemake", lambda targets, folder, cores, lock, config: asked.append((targets, config))
-    )
-    graph.reproduce(profiles.load("resnet"), 1)
-    assert asked == [(["all"], {"profile": "resnet", "latency": False})]
-    assert "no latencies: only VGG-16 is timed, not resnet18" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2h", 7200)])
 def test_budget_is_a_time(text, expected):
     assert seconds(text) == expected

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from reprolib import experiments
+from reprolib.bench import latency
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
 from reprolib.workflow import graph, notebooks
@@ -163,7 +164,15 @@ def test_own_data_and_an_own_network_go_all_the_way(tmp_path, monkeypatch):
     assert "colours, nets_at_work:small: mean ± SD" in (tmp_path / "drawn" / "accuracy_vs_sparsity.svg").read_text()
     decided = records.read_csv(tmp_path / "drawn" / "claims.csv").set_index(["claim", "dataset"])
     assert decided.loc[(1, "folder:colours"), "seeds"] == 2
-    assert decided.loc[(4, "cpu"), "remark"] == "make bench times VGG-16 only"
+    assert decided.loc[(4, "cpu"), "remark"] == "no latency.csv: make bench measures it"
+    monkeypatch.setattr(latency, "SEEDS", 2)
+    monkeypatch.setattr(latency, "BATCHES", {"cpu": (2,)})
+    latency.benchmark(profile, "cpu", "own", paths.latency_csv(profile.name))
+    for number in ("05", "06", "07"):
+        show(paths.notebook(number), profile=profile.name, folder=str(tmp_path / "drawn"))
+    decided = records.read_csv(tmp_path / "drawn" / "claims.csv").set_index(["claim", "dataset"])
+    between = decided.loc[[(4, "cpu")], "comparison"]
+    assert between.iloc[0].endswith("nets_at_work:small") and (decided.loc[[(4, "cpu")], "seeds"] == 2).all()
 
 
 @pytest.mark.parametrize("trained", [4, 8])
