@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import pandas as pd
@@ -16,6 +17,7 @@ from reprolib.pruning.ratios import global_ratios, uniform_ratios
 from reprolib.pruning.schedules import SCHEDULES, sparsity_at
 
 LAYERS = ("inner", "all")
+SHOWN = 3  # layers that a warning names
 TOLERANCE = 0.005  # half a point: how far given ratios may lie from the sparsity over all layers
 
 
@@ -36,6 +38,7 @@ class Pruner:
     The network may be wrapped by torch.compile and DistributedDataParallel, before or behind: names are those without
     the wrappers. Where torch.distributed runs, the masks of rank 0 hold on all ranks.
 
+    Warns of layers in which less than half of the outputs will keep a weight, as with blocks in depthwise convolutions.
     Raises ValueError for arguments that make no sense, and for weights that a mask would not hold for: those that are
     computed anew at each forward pass, and those that share their memory.
     """
@@ -76,6 +79,7 @@ class Pruner:
             "masks": checks.choice("masks", masks, MASKS),
             "seed": checks.whole("seed", seed, 0),
         }
+        self._warn_of_lost_outputs(named)
         self._step, self._due = 0, self._due_at(0)
         self._gone: dict[str, Tensor] = {}  # written in place: a captured step of CUDA sees what changes
         self._renew()
@@ -177,6 +181,21 @@ class Pruner:
     def _due_at(self, step: int) -> dict[str, float]:
         progress = min(step / self._of["steps"], 1.0)
         return {name: sparsity_at(self._of["schedule"], target, progress) for name, target in self._targets.items()}
+
+    def _warn_of_lost_outputs(self, named: dict[str, Tensor]) -> None:
+        masks = make_masks(named, self._pattern, self._targets, self._of["score"], self._of["seed"])
+        left = {name: mask.flatten(1).any(dim=1) for name, mask in masks.items()}
+        few = [
+            f"{name} ({int(rows.sum())} of {len(rows)})" for name, rows in left.items() if 2 * rows.sum() < len(rows)
+        ]
+        if few:
+            more = f" and {len(few) - SHOWN} more layers" if len(few) > SHOWN else ""
+            warnings.warn(
+                f"{self._pattern} will leave weights to few outputs of {', '.join(few[:SHOWN])}{more}; the others become "
+                "the same for all images: take smaller units, such as Unstructured(), or name the layers to prune with "
+                "layers=[..]",
+                stacklevel=3,
+            )
 
     def _renew(self) -> None:
         named = {name: self._weight(name) for name in self._taken}

@@ -37,6 +37,8 @@ def main() -> None:
     try:
         model = make(arguments.network, dict(map(argument, arguments.arguments)))
         fill(model, state_dict(arguments.checkpoint), arguments.checkpoint)
+        if all(bool(tensor.all()) for tensor in model.state_dict().values() if tensor.dim() > 1):
+            raise ValueError(f"{arguments.checkpoint} has no zeros: prune the network first (reprolib.pruning.Pruner)")
         sparse_model = sparsify(model.eval())
         save(sparse_model, arguments.output, dtype=arguments.dtype and getattr(torch, arguments.dtype))
     except (ValueError, OSError, RuntimeError) as problem:

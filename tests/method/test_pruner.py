@@ -3,6 +3,7 @@
 import io
 import math
 import multiprocessing
+import warnings
 
 import pytest
 import torch
@@ -139,6 +140,8 @@ def test_masks_are_made_only_where_something_else_is_due(monkeypatch):
     pruner = Pruner(net(), "Unstructured()", 0.75, 300, schedule="iterative")
     for _ in range(310):
         pruner.step()
+    ahead, *made = made
+    assert ahead == 0.75, "a look at the masks of the end, for the warning"
     assert made == pytest.approx([1 - 0.25 ** (1 / 3), 1 - 0.25 ** (2 / 3), 0.75])
 
 
@@ -299,6 +302,20 @@ def test_arguments_that_make_no_sense_are_refused(changes, message):
     arguments = {"model": net(), "pattern": HYBRID, "sparsity": 0.5, "steps": 10} | changes
     with pytest.raises(ValueError, match=message):
         Pruner(**arguments)
+
+
+def test_layers_that_will_lose_most_of_their_outputs_are_named():
+    """A depthwise layer of 16 x 9 has four blocks of 4 x 9: at 90 % one is left, so that 4 outputs keep weights."""
+    depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), depthwise, nn.Conv2d(16, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    message = r"Block\(4, 9\) will leave weights to few outputs of 1 \(4 of 16\); .* layers="
+    with pytest.warns(UserWarning, match=message) as warned:
+        Pruner(model, Block(4, 9), 0.8, 10, layers=["1"])
+    assert warned[0].filename == __file__, "the warning points at the line that built the pruner"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pruner(model, Block(4, 9), 0.5, 10, layers=["1"])
+        Pruner(model, "Unstructured()", 0.8, 10, layers=["1"])
 
 
 def test_layer_that_patterns_cannot_prune_is_refused_when_it_is_named():

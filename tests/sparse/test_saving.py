@@ -627,6 +627,9 @@ def test_checkpoints(tmp_path):
         assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in state.items()), name
 
 
+DENSE = vgg16(3, width=0.0625).state_dict()
+
+
 @pytest.mark.parametrize(
     ("network", "written", "message"),
     [
@@ -648,7 +651,8 @@ def test_checkpoints(tmp_path):
             vgg16,
             r"c\.pt is damaged, or holds more than tensors .*: write torch\.save\(model\.state",
         ),
-        ("torch.nn:Identity", {}, "Identity has no sparse part of its own"),
+        ("reprolib.models:vgg16 num_classes=3 width=0.0625", DENSE, r"c\.pt has no zeros: prune the network first"),
+        ("torch.nn:Identity", {}, r"c\.pt has no zeros: prune the network first"),
     ],
 )
 def test_errors_of_the_command(tmp_path, monkeypatch, network, written, message):
