@@ -73,6 +73,7 @@ bench-networks: env ## bench-peers with larger networks: ResNet-18 and ResNet-50
 bench-trained: env ## bench-peers with trained networks of PROFILE (resnet), beside pruned channels and torch's own masks
 	@$(BIN)/python -m reprolib.files.environment --peers
 	$(BIN)/python -m reprolib.bench latency --peers --trained --profile $(or $(PROFILE),resnet) $(if $(BUDGET),--budget $(BUDGET))
+	@$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),resnet) --trained
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
 	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))"

@@ -16,13 +16,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from reprolib.bench.peers import USES_ZEROS
 from reprolib.bench.rivals import SPARSE, SPARSE_BF16
-from reprolib.experiments import records
+from reprolib.experiments import Channels, records
 from reprolib.files import paths
-from reprolib.paper.drawing import label, ordered, style
+from reprolib.paper.drawing import label, mean_sd, ordered, style
 from reprolib.paper.speed_figures import DENSE, duration, machine
 
 NOTE = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
 NOTE["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no grid line through the number
+CHANNELS = Channels.method
 CONTEST = ["scope", "name", "batch", "seed"]  # what was measured together
 
 
@@ -158,11 +159,61 @@ def network_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name: peer_table(part) for name, part in rows.groupby("name", sort=False)}
 
 
+def measured_trained(profile: str) -> pd.DataFrame:
+    """`trained_table` of a profile; empty where its trained networks were not timed."""
+    path = paths.trained_latency_csv(profile)
+    if not path.exists():
+        return pd.DataFrame()
+    return trained_table(records.read_csv(path), records.read_csv(paths.accuracy_csv(profile)))
+
+
+def trained_table(latency: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Texts of ``latency-trained.csv`` beside ``accuracy.csv``: a row per network and way to run it, in fp32.
+
+    Columns: test accuracy in percent (mean ± SD over seeds), megabytes of the file (of the timed seed), and a latency
+    per batch. Dense networks, and those without channels, run in the engine that is fastest for the batch, by its name.
+    """
+    accuracy = accuracy.fillna({"target_sparsity": 0.0})
+    right = accuracy.groupby(["pattern", "target_sparsity"])["accuracy_pct"].agg(mean_sd)
+    rows = latency[
+        (latency["dtype"] == "fp32") & ((latency["pattern"] != "dense") | (latency["implementation"] != SPARSE))
+    ]
+    for_dense = rows["pattern"].isin(["dense", CHANNELS])
+    rows = rows.assign(
+        way=rows["implementation"].replace(SPARSE, "our kernels").mask(for_dense, "the fastest dense engine"),
+        share=rows["target_sparsity"],
+        text=rows["latency_us"].map(duration)
+        + (" (" + rows["implementation"].str.split(r"[ ,]").str[0] + ")").where(for_dense, ""),
+    )
+    key = ["pattern", "share", "way", "batch"]
+    fastest = rows.loc[rows.groupby(key)["latency_us"].idxmin()].set_index(key)
+    place = {pattern: n for n, pattern in enumerate(["dense", *ordered(rows["pattern"])])}
+    table = {}
+    for pattern, share, way in sorted(
+        {each[:3] for each in fastest.index}, key=lambda each: (place[each[0]], each[1:])
+    ):
+        what = fastest.loc[pattern, share, way]
+        size = what["file_bytes"].max()
+        name = pattern if pattern == "dense" else f"{label(pattern)}, {100 * share:g} %"
+        table[f"{name}: {way}"] = {
+            "right, %": right[pattern, share],
+            "file, MB": f"{size / 1e6:.2f}" if size > 0 else "",
+        } | {f"batch {batch}": text for batch, text in what["text"].items()}
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The tables of make bench-peers SHORT=1 and make bench-networks.")
+    parser = argparse.ArgumentParser(
+        description="The tables of make bench-peers SHORT=1, bench-networks, bench-trained."
+    )
     parser.add_argument("profile")
     parser.add_argument("--networks", action="store_true", help="those of larger networks")
+    parser.add_argument("--trained", action="store_true", help="that of trained networks")
     arguments = parser.parse_args()
+    if arguments.trained:
+        table = measured_trained(arguments.profile)
+        print(table.to_markdown() if len(table) else "")
+        return
     found = (paths.networks_latency_csv if arguments.networks else paths.short_latency_csv)(arguments.profile)
     if found.exists():  # not where the benchmark ran out of time
         for name, table in network_tables(peer_rows(records.read_csv(found))).items():

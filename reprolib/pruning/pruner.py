@@ -191,9 +191,9 @@ class Pruner:
         if few:
             more = f" and {len(few) - SHOWN} more layers" if len(few) > SHOWN else ""
             warnings.warn(
-                f"{self._pattern} will leave weights to few outputs of {', '.join(few[:SHOWN])}{more}; the others become "
-                "the same for all images: take smaller units, such as Unstructured(), or name the layers to prune with "
-                "layers=[..]",
+                f"{self._pattern} will leave weights to few outputs of {', '.join(few[:SHOWN])}{more}; the others "
+                "become the same for all images: take smaller units, such as Unstructured(), or name the layers to "
+                "prune with layers=[..]",
                 stacklevel=3,
             )
 

@@ -91,3 +91,47 @@ def test_figure_joins_the_two_that_ran_the_same_weights(latency):
     assert names[-2:] == ["unstructured", "hybrid"] and names[0] == "dense fp32: OpenVINO 2026.4.1"
     marks = {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
     assert marks == {"our kernels", "our kernels in bf16", "DeepSparse 1.8.0"}
+
+
+TRAINED = """\
+batch,dtype,pattern,target_sparsity,implementation,latency_us,file_bytes
+1,fp32,dense,0,"oneDNN, channels last",900,4000000
+1,fp32,dense,0,OpenVINO 2026.4.1,400,4000000
+1,bf16,dense,0,OpenVINO 2026.4.1,100,4000000
+1,fp32,dense,0,sparse kernels,300,4000000
+16,fp32,dense,0,"oneDNN, channels last",3000,4000000
+16,fp32,dense,0,OpenVINO 2026.4.1,3500,4000000
+1,fp32,hybrid,0.9,sparse kernels,200,500000
+1,fp32,hybrid,0.9,DeepSparse 1.8.0,350,
+16,fp32,hybrid,0.9,sparse kernels,800,500000
+1,fp32,unstructured,0.9,torch.nn.utils.prune,950,8000000
+1,fp32,unstructured,0.9,sparse kernels,210,510000
+1,fp32,channels,0.5,OpenVINO 2026.4.1,250,2000000
+1,fp32,channels,0.5,torch.compile,260,2000000
+1,fp32,channels,0.9,torch.compile,150,400000
+"""
+RIGHT = """\
+pattern,target_sparsity,seed,accuracy_pct
+dense,,0,90
+dense,,1,92
+hybrid,0.9,0,88
+unstructured,0.9,0,89
+channels,0.5,0,85
+channels,0.9,0,70
+"""
+
+
+def test_table_of_trained_networks_by_hand():
+    """Dense ones, narrower ones too, in their fastest engine, by name; what is not measured stays empty."""
+    table = peer_figures.trained_table(pd.read_csv(io.StringIO(TRAINED)), pd.read_csv(io.StringIO(RIGHT)))
+    assert list(table.columns) == ["right, %", "file, MB", "batch 1", "batch 16"]
+    expected = {
+        "dense: the fastest dense engine": ["91.00 ± 1.41", "4.00", "400 µs (OpenVINO)", "3.00 ms (oneDNN)"],
+        "unstructured, 90 %: our kernels": ["89.00", "0.51", "210 µs", ""],
+        "unstructured, 90 %: torch.nn.utils.prune": ["89.00", "8.00", "950 µs", ""],
+        "hybrid, 90 %: DeepSparse 1.8.0": ["88.00", "", "350 µs", ""],
+        "hybrid, 90 %: our kernels": ["88.00", "0.50", "200 µs", "800 µs"],
+        "channels, 50 %: the fastest dense engine": ["85.00", "2.00", "250 µs (OpenVINO)", ""],
+        "channels, 90 %: the fastest dense engine": ["70.00", "0.40", "150 µs (torch.compile)", ""],
+    }
+    assert table.fillna("").apply(list, axis=1).to_dict() == expected and list(table.index) == list(expected)
