@@ -1,7 +1,8 @@
 """Inference that is faster because of its zeros. One door: ``sparse_model = sparsify(model)``.
 
 `capture` traces a network and finds the parts that are `operations` with kernels; `network` runs such a part, in `cpu`,
-`cuda` or `portable`; `saving` keeps all of it in a file; `timings` says where its time goes; `formats` describes how a pruned weight can be stored.
+`cuda` or `portable`; `saving` keeps all of it in a file; `timings` says where its time goes; `formats` describes how a
+pruned weight can be stored.
 """
 
 from reprolib.sparse.formats import pack
