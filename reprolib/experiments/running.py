@@ -136,9 +136,9 @@ def _run_dense(dense: Dense, folder: Path, **limits):
 def _run_pruned(experiment: Pruned, folder: Path, **limits):
     dense, pattern = experiment.dense, parse(experiment.pattern)
     dataset = _dataset(dense)
-    model = load_model(dense, folder)
+    model = _start_of(experiment, folder)
     weights = pruning.prunable(model, experiment.prune_ends)
-    recipe = replace(dense.recipe, epochs=experiment.epochs)
+    recipe = replace(dense.recipe, epochs=experiment.epochs, lr=dense.recipe.lr * experiment.lr_factor)
     pruner = pruning.Pruner(
         model,
         pattern,
@@ -146,6 +146,7 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         training.total_steps(dataset, recipe),
         layers=weights,
         schedule=experiment.schedule,
+        phase=experiment.pruning_phase,
         ratios=_ratios(experiment, pattern, weights, model, dataset),
         score=experiment.score,
         masks=experiment.masks,
@@ -164,7 +165,9 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         lr_at=_lr_at(experiment),
         pruner=pruner,
         penalty=penalty if experiment.group_lasso else None,
-        penalty_until=pruning.PRUNING_PHASE,
+        penalty_until=experiment.pruning_phase,
+        teacher=load_model(dense, folder) if experiment.distillation else None,
+        distillation=experiment.distillation,
         label=experiment.label,
         **limits,
     )
@@ -182,6 +185,10 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         "group_lasso": experiment.group_lasso,
         "prune_ends": experiment.prune_ends,
         "masks": experiment.masks,
+        "distillation": experiment.distillation,
+        "pruning_phase": experiment.pruning_phase,
+        "lr_factor": experiment.lr_factor,
+        "permuted": experiment.permuted,
         "target_sparsity": experiment.sparsity,
         "sparsity": pruning.achieved_sparsity(masks),
         "sparsity_total": pruned / _parameters(model),
@@ -237,9 +244,17 @@ def _without_channels(experiment: Channels, folder: Path) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def _start_of(experiment: Pruned, folder: Path) -> nn.Module:
+    """The dense network that is pruned, its channels in the order that is asked for."""
+    model = load_model(experiment.dense, folder)
+    if experiment.permuted:
+        pruning.permute_channels(model, parse(experiment.pattern), experiment.sparsity, experiment.dense.seed)
+    return model
+
+
 def _accuracy_right_after(experiment: Pruned, pattern: Pattern, ratios, dataset, folder: Path) -> float:
     """Test accuracy of the dense network pruned at once, before any retraining; checks the target on the way."""
-    model = load_model(experiment.dense, folder)
+    model = _start_of(experiment, folder)
     weights = pruning.prunable(model, experiment.prune_ends)
     masks = pruning.make_masks(weights, pattern, ratios, experiment.score, experiment.dense.seed)
     check_target(pattern, experiment.sparsity, masks)

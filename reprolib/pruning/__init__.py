@@ -17,9 +17,10 @@ from reprolib.pruning.masks import (
     prunable,
     remaining_flops,
 )
+from reprolib.pruning.permutation import check_permutable, is_permutable, permute_channels
 from reprolib.pruning.pruner import Pruner
 from reprolib.pruning.ratios import RATIOS, check_reach, global_ratios, sensitivity_ratios, uniform_ratios
-from reprolib.pruning.schedules import PRUNING_PHASE, ROUNDS, SCHEDULES, sparsity_at
+from reprolib.pruning.schedules import PRUNING_PHASE, ROUNDS, SCHEDULES, check_phase, sparsity_at
 
 __all__ = [
     "MASKS",
@@ -31,10 +32,14 @@ __all__ = [
     "Pruner",
     "achieved_sparsity",
     "apply_masks",
+    "check_permutable",
+    "check_phase",
     "check_reach",
     "global_ratios",
     "group_lasso",
+    "is_permutable",
     "make_masks",
+    "permute_channels",
     "prunable",
     "remaining_flops",
     "remove_channels",

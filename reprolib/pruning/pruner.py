@@ -14,7 +14,7 @@ from reprolib.models import foreign, weight_in_place, weight_layers, weights_in_
 from reprolib.patterns import Pattern, check_sparsity, parse
 from reprolib.pruning.masks import MASKS, SCORES, achieved_sparsity, make_masks
 from reprolib.pruning.ratios import global_ratios, uniform_ratios
-from reprolib.pruning.schedules import SCHEDULES, sparsity_at
+from reprolib.pruning.schedules import PRUNING_PHASE, SCHEDULES, check_phase, sparsity_at
 
 LAYERS = ("inner", "all")
 SHOWN = 3  # layers that a warning names
@@ -31,6 +31,7 @@ class Pruner:
     * `layers`: ``"inner"`` takes all convolutions and linear layers but the first and the last layer of the network,
       ``"all"`` takes these too, and names of modules take just those. `describe` says which are left, and why.
     * `schedule`: ``"gradual"``, ``"one-shot"`` or ``"iterative"``, see `sparsity_at`
+    * `phase`: the share of the steps, in (0, 1], in which a gradual schedule prunes
     * `ratios`: ``"uniform"``, ``"global"``, or each layer's own sparsity by name, as `sensitivity_ratios` gives it
     * `score`: ``"magnitude"``, or ``"random"`` for the control, whose numbers follow from `seed`
     * `masks`: ``"nested"`` keeps pruned what is pruned, ``"refitted"`` ranks all weights anew at each change
@@ -52,6 +53,7 @@ class Pruner:
         *,
         layers: str | Iterable[str] = "inner",
         schedule: str = "gradual",
+        phase: float = PRUNING_PHASE,
         ratios: str | Mapping[str, float] = "uniform",
         score: str = "magnitude",
         masks: str = "nested",
@@ -74,6 +76,7 @@ class Pruner:
             "steps": checks.whole("steps", steps),
             "layers": list(self._taken),
             "schedule": checks.choice("schedule", schedule, SCHEDULES),
+            "phase": check_phase(phase),
             "ratios": ratios if isinstance(ratios, str) else self._targets,
             "score": checks.choice("score", score, SCORES),
             "masks": checks.choice("masks", masks, MASKS),
@@ -159,6 +162,7 @@ class Pruner:
             of, step, targets, masks = (state[key] for key in ("of", "step", "targets", "masks"))
         except (KeyError, TypeError):
             raise ValueError("this is not the state of a Pruner: give what its state_dict() returned") from None
+        of = {"phase": PRUNING_PHASE} | of  # states of earlier versions have none
         for key, mine in self._of.items():
             if of.get(key) != mine:
                 theirs = f"the state is of a pruner with {key}={of.get(key)!r}, and this one has {key}={mine!r}"
@@ -180,7 +184,8 @@ class Pruner:
 
     def _due_at(self, step: int) -> dict[str, float]:
         progress = min(step / self._of["steps"], 1.0)
-        return {name: sparsity_at(self._of["schedule"], target, progress) for name, target in self._targets.items()}
+        when = self._of["schedule"], self._of["phase"]
+        return {name: sparsity_at(when[0], target, progress, when[1]) for name, target in self._targets.items()}
 
     def _warn_of_lost_outputs(self, named: dict[str, Tensor]) -> None:
         masks = make_masks(named, self._pattern, self._targets, self._of["score"], self._of["seed"])

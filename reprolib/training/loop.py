@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from reprolib.training.precision import autocast
 from reprolib.training.recipes import Recipe, dense_lr
 
 CHECKPOINT_EVERY_S = 120
+TEMPERATURE = 4.0  # of distillation: how much a teacher's small probabilities count
 EAGER_STEPS = 3  # before a step is captured: lazy initialisation must be over by then
 
 
@@ -51,6 +53,8 @@ def fit(
     pruner: Pruner | None = None,
     penalty: Callable[[], Tensor] | None = None,
     penalty_until: float = 1.0,
+    teacher: nn.Module | None = None,
+    distillation: float = 0.0,
     label: str = "training",
     checkpoint: Path | None = None,
     deadline: float = math.inf,
@@ -59,7 +63,8 @@ def fit(
 
     `lr_at(progress)` is the share of the peak learning rate at a progress in [0, 1). What the masks of `pruner`, a
     pruner of `model`, prune is zero in each forward pass and behind each step. `penalty()` is added to the loss before
-    the progress `penalty_until`. The order of the images and their augmentation follow from `seed` alone.
+    the progress `penalty_until`. The share `distillation` of the loss asks for the answers of `teacher`, in eval mode,
+    on the same augmented images (`distilled`). The order of the images and their augmentation follow from `seed` alone.
 
     With a `checkpoint`, training goes on from that file if it is there (on a CPU to the same bits as without the
     stop). The file is written every two minutes, and when `time.time()` passes `deadline`. That of another recipe,
@@ -68,13 +73,14 @@ def fit(
     Frozen parameters stay as they are. A model that is in training mode keeps the modes of its modules, so that a batch
     norm in eval mode is frozen too; one in eval mode trains as a whole, and is in eval mode again behind it.
 
-    Returns a row per epoch: epoch, lr, loss_train (mean cross-entropy), accuracy_validation_pct. Raises OutOfTime at
+    Returns a row per epoch: epoch, lr, loss_train (mean, without penalty), accuracy_validation_pct. Raises OutOfTime at
     the deadline, and ValueError where the loss is no longer finite or the batch larger than the training split.
     """
     steps = total_steps(dataset, recipe) // recipe.epochs
     where = next(model.parameters()).device
     state = _begin(model, recipe, seed, where, pruner)
-    step = _step_of(state, dataset, recipe, penalty)
+    loss_of = partial(_loss, recipe.label_smoothing, teacher, distillation if teacher else 0.0, recipe.precision)
+    step = _step_of(state, dataset, recipe, penalty, loss_of)
     take = _captured(step) if where.type == "cuda" else step
     of = {"recipe": asdict(recipe), "seed": seed}
     start = checkpoints.restore(checkpoint, state, of)
@@ -123,8 +129,38 @@ def _begin(model: nn.Module, recipe: Recipe, seed: int, where: torch.device, pru
     return State(model, optimizer, torch.Generator().manual_seed(seed), lr, total, pruner)
 
 
+def distilled(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Knowledge distillation (Hinton et al., 2015): T² KL(teacher ∥ student) at temperature T, mean over the images.
+
+    Both float32 ``[N, classes]``.
+    """
+    student, teacher = ((each / TEMPERATURE).log_softmax(dim=1) for each in (logits, teacher_logits))
+    return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _loss(
+    label_smoothing: float,
+    teacher: nn.Module | None,
+    distillation: float,
+    precision: str,
+    images: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    if not distillation:
+        return loss
+    with torch.no_grad(), autocast(precision, images.device.type):
+        answers = teacher(images)
+    return (1 - distillation) * loss + distillation * distilled(logits, answers.float())
+
+
 def _step_of(
-    state: State, dataset: Dataset, recipe: Recipe, penalty: Callable[[], Tensor] | None
+    state: State,
+    dataset: Dataset,
+    recipe: Recipe,
+    penalty: Callable[[], Tensor] | None,
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Callable[[Tensor, bool], None]:
     """One step on the images that a row of `_draw_epoch` names; its flag says whether the penalty counts."""
     train = dataset.train
@@ -134,7 +170,7 @@ def _step_of(
         images = normalised(augmented(train.images[chosen], draws[:, 1:], dataset), dataset)
         with autocast(recipe.precision, images.device.type):
             logits = state.model(images)
-        loss = F.cross_entropy(logits.float(), train.labels[chosen], label_smoothing=recipe.label_smoothing)
+        loss = loss_of(images, logits.float(), train.labels[chosen])
         state.total.add_(loss.detach())
         (loss + penalty() if penalised else loss).backward()
         state.optimizer.step()

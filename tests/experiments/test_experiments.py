@@ -1,5 +1,6 @@
 """An experiment has one id, is computed once, and its row tells everything about the network it leaves."""
 
+import copy
 import json
 import threading
 import time
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 from reprolib import pruning, training
-from reprolib.experiments import Dense, Pruned, check_target, load_model, records, run
+from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, records, run
 from reprolib.files import tensors
-from reprolib.patterns import Balanced, Block
+from reprolib.patterns import Balanced, Block, parse
 from reprolib.training import Recipe, data
 
 DENSE = Dense("noisy-digits", Recipe(epochs=1, batch_size=32, lr=0.02), width=1 / 16)
 HYBRID = Pruned(DENSE, "Balanced(4) & Block(4, 4)", 0.75, epochs=2)
+CHANNELS = Channels(DENSE, 0.5, epochs=1)
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,7 @@ def test_spelling_of_the_pattern_does_not_change_the_id():
     assert replace(at_once, masks="refitted") == at_once  # no step in which they could differ
 
 
+LIFTS = {"distillation": 0.9, "pruning_phase": 1 / 3, "lr_factor": 2.0}
 CHANGES = {
     Recipe: {
         "epochs": 2,
@@ -123,7 +126,12 @@ CHANGES = {
         "group_lasso": 1e-4,
         "prune_ends": True,
         "masks": "refitted",
+        "distillation": 0.9,
+        "pruning_phase": 0.5,
+        "lr_factor": 2.0,
+        "permuted": True,
     },
+    Channels: {"dense": replace(DENSE, seed=1), "sparsity": 0.8, "epochs": 3},
 }
 
 
@@ -139,6 +147,9 @@ def test_every_field_changes_the_id(kind, name):
     elif kind is Dense:
         before = replace(DENSE, width=1.0)  # narrow networks of other kinds are refused
         after = replace(before, **changed)
+    elif kind is Channels:
+        before = CHANNELS
+        after = replace(before, **changed)
     else:
         before = replace(HYBRID, pattern="Block(4, 4)")  # group lasso takes blocks alone
         after = replace(before, **changed)
@@ -153,6 +164,12 @@ def test_every_field_changes_the_id(kind, name):
         ({"masks": "refitted"}, "refitted-hybrid"),
         ({"pattern": "Vector(4)"}, "vector"),
         ({"pattern": "Block(4, 4)", "group_lasso": 1e-4}, "block-group-lasso"),
+        ({"distillation": 0.9}, "hybrid-distilled"),
+        ({"pruning_phase": 0.3, "lr_factor": 2.0}, "hybrid-short-phase-high-lr"),
+        ({"permuted": True, "pattern": "Block(4, 4)"}, "block-permuted"),
+        (LIFTS | {"permuted": True}, "hybrid+"),
+        (LIFTS, "hybrid-distilled-short-phase-high-lr"),
+        (LIFTS | {"pattern": "Unstructured()"}, "unstructured+"),
     ],
 )
 def test_method_names_the_pattern_and_what_sets_it_apart(changes, method):
@@ -168,6 +185,17 @@ def test_method_names_the_pattern_and_what_sets_it_apart(changes, method):
         ({"schedule": "slow"}, "schedule 'slow' is unknown: use one-shot, gradual, iterative"),
         ({"ratios": "global", "sparsity": 0.9999}, r"99\.99 % is more than ratios that differ by layer can give"),
         ({"ratios": "local"}, "ratios 'local' is unknown: use uniform, global, sensitivity"),
+        ({"distillation": 1.5}, r"distillation must lie in \[0, 1\], not 1\.5"),
+        ({"pruning_phase": 0.0}, r"phase must lie in \(0, 1\], not 0\.0"),
+        (
+            {"pruning_phase": 0.5, "schedule": "iterative"},
+            "pruning_phase is for the gradual schedule, not for iterative",
+        ),
+        ({"lr_factor": 0.0}, "lr_factor must be more than 0"),
+        (
+            {"permuted": True, "pattern": "Vector(4)"},
+            r"channels can be ordered for blocks .* Vector\(4\) is something else",
+        ),
         ({"retraining": "none"}, "retraining 'none' is unknown: use lr-rewinding, fine-tuning"),
         ({"group_lasso": 1e-4}, r"group_lasso shrinks blocks, and Balanced\(4\) & Block\(4, 4\) has none: use .*Block"),
     ],
@@ -183,12 +211,12 @@ WRONG = {"none": None, "text": "2", "flag": True, "list": [2], "nan": float("nan
 @pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, f.name) for kind in (DENSE.recipe, DENSE, HYBRID) for f in fields(kind)],
+    [(kind, f.name) for kind in (DENSE.recipe, DENSE, HYBRID, CHANNELS) for f in fields(kind)],
     ids=lambda x: type(x).__name__ if not isinstance(x, str) else x,
 )
 def test_no_field_takes_a_value_of_another_kind(kind, name, value):
     """`prune_ends: "false"` must not prune the ends, nor `epochs: yes` train one epoch."""
-    if (name, value) in [("prune_ends", True), ("hidden", [2])]:
+    if (name, value) in [("prune_ends", True), ("permuted", True), ("hidden", [2])]:
         pytest.skip("the right kind")
     with pytest.raises(ValueError, match=name.replace("dataset", "data set")):
         replace(kind, **{name: value})
@@ -332,6 +360,7 @@ def test_stored_network_has_the_accuracy_of_its_row(folder, few_digits):
         {"score": "random"},
         {"prune_ends": True, "pattern": "Unstructured()"},
         {"pattern": "Block(4, 4)", "group_lasso": 1e-4},
+        LIFTS | {"permuted": True},
         {"dense": replace(DENSE, hidden=(32,))},
         {"dense": replace(DENSE, recipe=replace(DENSE.recipe, precision="bf16"))},
     ],
@@ -428,6 +457,44 @@ def test_group_lasso_shrinks_the_weights_while_masks_still_change(folder, monkey
         norms[experiment] = sum(w.norm() for w in pruning.prunable(load_model(experiment, folder)).values())
     assert len(calls) == 4  # of six steps: those before two thirds
     assert norms[penalised] < 0.9 * norms[block]
+
+
+def test_lifts_do_what_they_say(tmp_path, monkeypatch):
+    """The teacher is the dense network, as it was; rates are twice those of the recipe; channels are ordered first."""
+    fit, seen = training.fit, {}
+
+    def watched(model, *args, **kwargs):
+        seen.update(kwargs, model=copy.deepcopy(model.state_dict()))
+        return fit(model, *args, **kwargs)
+
+    plain = run(HYBRID, tmp_path)
+    monkeypatch.setattr(training, "fit", watched)
+    lifted = run(replace(HYBRID, **LIFTS, permuted=True), tmp_path)
+    rates = [[epoch["lr"] for epoch in record["curve"]] for record in (plain, lifted)]
+    assert rates[1] == pytest.approx([2 * rate for rate in rates[0]])
+    dense = load_model(DENSE, tmp_path)
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in seen["teacher"].state_dict().items())
+    assert (seen["distillation"], seen["penalty_until"]) == (0.9, 1 / 3)
+    pruning.permute_channels(dense, parse(HYBRID.pattern), HYBRID.sparsity, DENSE.seed)
+    assert all(torch.equal(tensor, seen["model"][name]) for name, tensor in dense.state_dict().items())
+    columns = ("distillation", "pruning_phase", "lr_factor", "permuted")
+    assert [lifted["row"][key] for key in columns] == [0.9, 1 / 3, 2.0, True]
+
+
+def test_networks_without_channels_are_narrower_and_load_again(tmp_path, few_digits):
+    dense = replace(DENSE, width=0.5)
+    experiment = replace(CHANNELS, dense=dense)
+    row = run(experiment, tmp_path)["row"]
+    model, whole = load_model(experiment, tmp_path), load_model(dense, tmp_path)
+    counts = [sum(w.numel() for w in pruning.prunable(each).values()) for each in (model, whole)]
+    assert row["sparsity"] == 1 - counts[0] / counts[1] and 0.5 <= row["sparsity"] < 0.65
+    channels = [module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    before = [module.out_channels for module in whole.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert channels[0] == before[0] and all(c % 16 == 0 and c <= b for c, b in zip(channels, before, strict=True))
+    assert row["params_kept"] == sum(parameter.numel() for parameter in model.parameters())
+    assert training.accuracy_pct(model, few_digits, few_digits.test) == pytest.approx(row["accuracy_pct"])
+    with pytest.raises(ValueError, match=r"no more than .* where 99.99 % was asked: ask for less"):
+        run(Channels(dense, 0.9999, 1), tmp_path)
 
 
 # --- What cannot be computed ------------------------------------------------------------------------------------------

@@ -121,6 +121,15 @@ def test_momentum_alone_would_bring_pruned_weights_back():
     assert model[5].weight[gone].any()
 
 
+def test_phase_is_the_share_of_the_steps_in_which_masks_change():
+    pruner = Pruner(net(), "Unstructured()", 0.75, 40, phase=0.25)
+    sparsities = []
+    for _ in range(40):
+        pruner.step()
+        sparsities.append(pruner.sparsity)
+    assert sparsities[8] < 0.75 and sparsities[9:] == [0.75] * 31
+
+
 def test_one_shot_prunes_at_once():
     model = net()
     dense = {name: weight.detach().clone() for name, weight in prunable(model).items()}
@@ -287,6 +296,7 @@ def test_each_layer_may_have_its_own_ratio():
         ({"layers": None}, "layers must be 'inner' or 'all', or names .*; no such layer: None"),
         ({"layers": []}, "nothing to prune: .*0 is not named in layers"),
         ({"schedule": "linear"}, "schedule 'linear' is unknown: use one-shot, gradual, iterative"),
+        ({"phase": 1.5}, r"phase must lie in \(0, 1\], not 1\.5"),
         ({"score": "size"}, "score 'size' is unknown: use magnitude, random"),
         ({"masks": "free"}, "masks 'free' is unknown: use nested, refitted"),
         ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
@@ -492,6 +502,7 @@ OTHERS = {
     "steps": {"steps": 13},
     "layers": {"layers": ["2"]},
     "schedule": {"schedule": "iterative"},
+    "phase": {"phase": 0.5},
     "ratios": {"ratios": {"2": 0.75, "5": 0.75}},
     "score": {"score": "random"},
     "masks": {"masks": "refitted"},
@@ -509,6 +520,15 @@ def test_state_of_another_pruner_is_refused(key):
     with pytest.raises(ValueError, match=f"of a pruner with {key}=.*, and this one has {key}=.*: build it with"):
         pruner.load_state_dict(other.state_dict())
     assert_same(pruner.masks, before)
+
+
+def test_state_of_a_version_without_phases_goes_on():
+    pruner = Pruner(net(), HYBRID, 0.75, 12)
+    state = pruner.state_dict()
+    del state["of"]["phase"]
+    pruner.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"of a pruner with phase=0\.666.*, and this one has phase=0\.5"):
+        Pruner(net(), HYBRID, 0.75, 12, phase=0.5).load_state_dict(state)
 
 
 def test_state_of_another_network_is_refused():

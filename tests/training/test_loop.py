@@ -1,5 +1,6 @@
 """Training repeats bit for bit, keeps to its schedules, and never lets a pruned weight live."""
 
+import copy
 import json
 import math
 import threading
@@ -63,7 +64,9 @@ def of_layer_2(model, **options):
 @pytest.fixture
 def due(monkeypatch):
     """Schedules of every pruner follow a function of progress."""
-    return lambda at: monkeypatch.setattr(pruner_module, "sparsity_at", lambda schedule, target, progress: at(progress))
+    return lambda at: monkeypatch.setattr(
+        pruner_module, "sparsity_at", lambda schedule, target, progress, phase: at(progress)
+    )
 
 
 # --- Repeatability ----------------------------------------------------------------------------------------------------
@@ -174,6 +177,28 @@ def test_penalty_ends_when_it_is_told(few_digits, small_net):
 
     fit(small_net(), few_digits, SHORT, seed=0, penalty=penalty, penalty_until=0.5)
     assert len(calls) == 3  # of six steps
+
+
+def test_distillation_by_hand(few_digits, small_net):
+    """Of two classes: T² Σ p log(p / q), where p and q are softmax of logits over T = 4, mean over images."""
+    student, teacher = torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    p, q = 1 / (1 + math.e), math.e / (1 + math.e)
+    by_hand = 16 * (p * math.log(p / q) + q * math.log(q / p)) / 2
+    assert loop.distilled(student, teacher).item() == pytest.approx(by_hand)
+
+
+def test_teacher_is_followed_and_stays_as_it_is(few_digits, small_net):
+    torch.manual_seed(1)
+    teacher, labels = small_net().eval(), few_digits.train.labels
+    before = copy.deepcopy(teacher.state_dict())
+    plain, _ = trained(small_net(), few_digits)
+    unheard, _ = trained(small_net(), few_digits, teacher=teacher, distillation=0.0)
+    assert torch.equal(plain, unheard)
+    wrong = replace(few_digits, train=Split(few_digits.train.images, (labels + 1) % 10))
+    alone = [trained(small_net(), data, teacher=teacher, distillation=1.0)[0] for data in (few_digits, wrong)]
+    assert torch.equal(*alone), "labels do not count"
+    assert not torch.equal(plain, alone[0])
+    assert all(torch.equal(tensor, teacher.state_dict()[name]) for name, tensor in before.items())
 
 
 def test_label_smoothing_gives_every_class_its_share(few_digits):
