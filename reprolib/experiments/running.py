@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -136,7 +137,10 @@ def _run_dense(dense: Dense, folder: Path, **limits):
 def _run_pruned(experiment: Pruned, folder: Path, **limits):
     dense, pattern = experiment.dense, parse(experiment.pattern)
     dataset = _dataset(dense)
-    model = _start_of(experiment, folder)
+    model = load_model(dense, folder)
+    if experiment.permuted:
+        pruning.permute_channels(model, pattern, experiment.sparsity, dense.seed)
+    start = copy.deepcopy(model)
     weights = pruning.prunable(model, experiment.prune_ends)
     recipe = replace(dense.recipe, epochs=experiment.epochs, lr=dense.recipe.lr * experiment.lr_factor)
     pruner = pruning.Pruner(
@@ -156,7 +160,7 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
     def penalty() -> Tensor:
         return experiment.group_lasso * pruning.group_lasso(weights, pattern)
 
-    accuracy_pruned = _accuracy_right_after(experiment, pattern, pruner.targets, dataset, folder)
+    right_after = _right_after(experiment, pattern, pruner.targets, dataset, start)
     curve = training.fit(
         model,
         dataset,
@@ -192,7 +196,7 @@ def _run_pruned(experiment: Pruned, folder: Path, **limits):
         "target_sparsity": experiment.sparsity,
         "sparsity": pruning.achieved_sparsity(masks),
         "sparsity_total": pruned / _parameters(model),
-        **_accuracies(experiment, folder, model, dataset, accuracy_pruned, curve),
+        **_accuracies(experiment, folder, model, dataset, right_after, curve),
         "flops": pruning.remaining_flops(_flops(model, dataset), masks),
         "params_kept": _parameters(model) - pruned,
     }
@@ -203,7 +207,7 @@ def _run_channels(experiment: Channels, folder: Path, **limits):
     dense = experiment.dense
     dataset = _dataset(dense)
     whole, model = load_model(dense, folder), _without_channels(experiment, folder)
-    accuracy_pruned = training.accuracy_pct(model, dataset, dataset.test, dense.recipe.precision)
+    right_after = _unrepaired(experiment, model, dataset)
     curve = training.fit(
         model,
         dataset,
@@ -220,17 +224,17 @@ def _run_channels(experiment: Channels, folder: Path, **limits):
         "target_sparsity": experiment.sparsity,
         "sparsity": 1 - kept / sum(map(Tensor.numel, pruning.prunable(whole).values())),
         "sparsity_total": 1 - _parameters(model) / _parameters(whole),
-        **_accuracies(experiment, folder, model, dataset, accuracy_pruned, curve),
+        **_accuracies(experiment, folder, model, dataset, right_after, curve),
         "flops": sum(_flops(model, dataset).values()),
         "params_kept": _parameters(model),
     }
     return row, curve, model
 
 
-def _accuracies(experiment: Pruned | Channels, folder: Path, model, dataset, accuracy_pruned: float, curve) -> dict:
+def _accuracies(experiment: Pruned | Channels, folder: Path, model, dataset, right_after: dict, curve) -> dict:
     return {
         "accuracy_dense_pct": run(experiment.dense, folder)["row"]["accuracy_pct"],
-        "accuracy_pruned_pct": accuracy_pruned,
+        **right_after,
         "accuracy_pct": training.accuracy_pct(model, dataset, dataset.test, experiment.dense.recipe.precision),
         "accuracy_validation_pct": curve[-1]["accuracy_validation_pct"],
         "epochs": experiment.epochs,
@@ -244,22 +248,23 @@ def _without_channels(experiment: Channels, folder: Path) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def _start_of(experiment: Pruned, folder: Path) -> nn.Module:
-    """The dense network that is pruned, its channels in the order that is asked for."""
-    model = load_model(experiment.dense, folder)
-    if experiment.permuted:
-        pruning.permute_channels(model, parse(experiment.pattern), experiment.sparsity, experiment.dense.seed)
-    return model
-
-
-def _accuracy_right_after(experiment: Pruned, pattern: Pattern, ratios, dataset, folder: Path) -> float:
-    """Test accuracy of the dense network pruned at once, before any retraining; checks the target on the way."""
-    model = _start_of(experiment, folder)
+def _right_after(experiment: Pruned, pattern: Pattern, ratios, dataset, model: nn.Module) -> dict:
+    """`_unrepaired` of the dense `model` pruned at once; checks the target on the way."""
     weights = pruning.prunable(model, experiment.prune_ends)
     masks = pruning.make_masks(weights, pattern, ratios, experiment.score, experiment.dense.seed)
     check_target(pattern, experiment.sparsity, masks)
     pruning.apply_masks(weights, masks)
-    return training.accuracy_pct(model, dataset, dataset.test, experiment.dense.recipe.precision)
+    return _unrepaired(experiment, model, dataset)
+
+
+def _unrepaired(experiment: Pruned | Channels, model: nn.Module, dataset) -> dict:
+    """Test accuracies before retraining: as the model is, and with statistics of batch norm that fit its weights."""
+    recipe, seed = experiment.dense.recipe, RETRAINING_SEED + experiment.dense.seed
+    renewed = training.with_renewed_statistics(model, dataset, recipe, seed)
+    return {
+        "accuracy_pruned_pct": training.accuracy_pct(model, dataset, dataset.test, recipe.precision),
+        "accuracy_renewed_pct": training.accuracy_pct(renewed, dataset, dataset.test, recipe.precision),
+    }
 
 
 def check_target(pattern: Pattern, target: float, masks: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ It knows patterns only through the pruner that is handed to it, and nothing of e
 
 from reprolib.training.checkpoints import position
 from reprolib.training.evaluation import accuracy_pct, mean_loss
-from reprolib.training.loop import device, fit, total_steps
+from reprolib.training.loop import device, fit, total_steps, with_renewed_statistics
 from reprolib.training.recipes import Recipe, dense_lr, fine_tuning_lr, rewound_lr
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "position",
     "rewound_lr",
     "total_steps",
+    "with_renewed_statistics",
 ]

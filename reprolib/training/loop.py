@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from reprolib.training.recipes import Recipe, dense_lr
 
 CHECKPOINT_EVERY_S = 120
 TEMPERATURE = 4.0  # of distillation: how much a teacher's small probabilities count
+RENEWING_STEPS = 20  # batches that statistics are taken from
 EAGER_STEPS = 3  # before a step is captured: lazy initialisation must be over by then
 
 
@@ -118,6 +120,26 @@ def fit(
             curve.append(row)
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, validation {accuracy:.2f} %", refresh=False)
     return curve
+
+
+@torch.no_grad()
+def with_renewed_statistics(model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int) -> nn.Module:
+    """A copy, in eval mode, whose batch norms have the statistics of augmented training images; weights as they are.
+
+    Those of a dense network no longer fit when weights are gone: most images then get the same answer.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # the plain mean over batches
+            module.train()
+    where, steps = next(model.parameters()).device, total_steps(dataset, recipe) // recipe.epochs
+    draws = _draw_epoch(dataset, min(steps, RENEWING_STEPS), recipe.batch_size, torch.Generator().manual_seed(seed))
+    for row in draws.to(where):
+        with autocast(recipe.precision, where.type):
+            model(normalised(augmented(dataset.train.images[row[:, 0]], row[:, 1:], dataset), dataset))
+    return model.eval()
 
 
 def _begin(model: nn.Module, recipe: Recipe, seed: int, where: torch.device, pruner: Pruner | None) -> State:

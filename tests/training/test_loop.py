@@ -29,6 +29,7 @@ from reprolib.training import (
     position,
     precision,
     rewound_lr,
+    with_renewed_statistics,
 )
 from reprolib.training.checkpoints import Position
 from reprolib.training.data import Split
@@ -177,6 +178,21 @@ def test_penalty_ends_when_it_is_told(few_digits, small_net):
 
     fit(small_net(), few_digits, SHORT, seed=0, penalty=penalty, penalty_until=0.5)
     assert len(calls) == 3  # of six steps
+
+
+def test_renewed_statistics_are_those_of_training_images(few_digits, small_net):
+    """A batch norm that knows nothing of its inputs gets their mean; images that are all alike give it by hand."""
+    alike = torch.full_like(few_digits.train.images, 128)
+    dataset = replace(few_digits, train=Split(alike, few_digits.train.labels), pad=0)
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(norm, nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
+    norm.running_mean.fill_(7.0)
+    renewed = with_renewed_statistics(model, dataset, SHORT, seed=0)
+    expected = (128 / 255 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)
+    torch.testing.assert_close(renewed[0].running_mean, expected, atol=1e-3, rtol=0)
+    assert norm.running_mean.eq(7).all() and not any(module.training for module in renewed.modules())
+    assert torch.equal(renewed[3].weight, model[3].weight)
 
 
 def test_distillation_by_hand(few_digits, small_net):
