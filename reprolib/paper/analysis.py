@@ -88,6 +88,25 @@ def accuracy_and_latency(accuracy: pd.DataFrame, latency: pd.DataFrame) -> pd.Da
     )
 
 
+def recommend(latency: pd.DataFrame, accuracy: pd.DataFrame, batch: int, budget_us: float) -> pd.Series:
+    """Which network for which budget: the most accurate one whose measured latency of a batch keeps to `budget_us`.
+
+    From ``latency.csv`` and ``accuracy.csv`` of one profile and one data set: the row of `accuracy_and_latency`, dense
+    networks included. Raises ValueError where nothing is fast enough, for a batch that was not timed, and for rows of
+    several data sets.
+    """
+    if len(datasets := accuracy["dataset"].unique()) != 1:
+        raise ValueError(f"accuracies of {len(datasets)} data sets ({', '.join(datasets)}): choose one")
+    points = accuracy_and_latency(accuracy, latency)
+    timed = points[points["batch"] == batch]
+    if timed.empty:
+        raise ValueError(f"no batch of {batch} was timed: there are {', '.join(map(str, points['batch'].unique()))}")
+    fast = timed[timed["latency_us"] <= budget_us]
+    if fast.empty:
+        raise ValueError(f"nothing keeps to {budget_us:g} µs: the fastest takes {timed['latency_us'].min():.0f} µs")
+    return fast.sort_values(["accuracy_pct", "latency_us"], ascending=[False, True]).iloc[0]
+
+
 def pareto_front(points: pd.DataFrame, cost: str = "latency_us", gain: str = "accuracy_pct") -> pd.DataFrame:
     """The points that no other one beats, from the cheapest to the dearest.
 

@@ -83,6 +83,49 @@ def test_accuracies_meet_latencies_of_their_width_and_pattern():
     assert joined["accuracy_sd"].to_list() == pytest.approx([np.sqrt(2)] * 2)
 
 
+@pytest.fixture
+def tables():
+    """Dense in fp32 and bf16, and two pruned networks: 90, 88 and 80 % right in 200 (bf16: 120), 100 and 50 µs."""
+    specs = {"hybrid": HYBRID, "block": HYBRID | {"pattern": "block", "spec": "Block(32, 32)"}}
+    right = {"dense": 90.0, "hybrid": 88.0, "block": 80.0}
+    accuracy = pd.DataFrame(
+        {
+            "dataset": "cifar10",
+            "model": "vgg16",
+            "width": 1.0,
+            "pattern": pattern,
+            "spec": specs.get(pattern, {}).get("spec"),
+            "target_sparsity": 0.9 if pattern in specs else np.nan,
+            "accuracy_pct": value,
+            "flops": 1.0,
+        }
+        for pattern, value in right.items()
+    )
+    rows = [measured("oneDNN", 200.0), measured("oneDNN", 120.0, dtype="bf16")]
+    rows += [measured(latency_us=100.0, **specs["hybrid"]), measured(latency_us=50.0, **specs["block"])]
+    return pd.DataFrame(rows), accuracy
+
+
+@pytest.mark.parametrize(
+    ("budget_us", "pattern", "latency_us"),
+    [(60, "block", 50), (100, "hybrid", 100), (119, "hybrid", 100), (150, "dense", 120), (1e6, "dense", 120)],
+)
+def test_recommended_is_the_most_accurate_within_the_budget(tables, budget_us, pattern, latency_us):
+    found = analysis.recommend(*tables, 16, budget_us)
+    assert (found["pattern"], found["latency_us"]) == (pattern, latency_us), "of equally accurate ones the faster"
+
+
+def test_nothing_is_recommended_where_nothing_fits(tables):
+    latency, accuracy = tables
+    with pytest.raises(ValueError, match="nothing keeps to 40 µs: the fastest takes 50 µs"):
+        analysis.recommend(latency, accuracy, 16, 40)
+    with pytest.raises(ValueError, match="no batch of 8 was timed: there are 16"):
+        analysis.recommend(latency, accuracy, 8, 40)
+    two = pd.concat([accuracy, accuracy.assign(dataset="cifar100")])
+    with pytest.raises(ValueError, match=r"accuracies of 2 data sets \(cifar10, cifar100\): choose one"):
+        analysis.recommend(latency, two, 16, 40)
+
+
 def front(*points):
     found = analysis.pareto_front(pd.DataFrame(points, columns=["latency_us", "accuracy_pct"], dtype=float))
     return [tuple(point) for point in found.to_numpy()]
