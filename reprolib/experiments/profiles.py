@@ -16,6 +16,7 @@ from reprolib.experiments import Channels, Dense, Pruned
 from reprolib.files import paths, settings
 from reprolib.files.atomic import write_atomically
 from reprolib.files.settings import Count, Some
+from reprolib.pruning import PRUNING_PHASE
 from reprolib.training import Recipe
 
 DRY_RUN, DRY_IMAGES = "-dry-run", 16
@@ -70,10 +71,21 @@ class Profile:
         chosen = {key: value for key, value in known[method].items() if key not in ("seeds", "datasets")}
         return {"sparsities": self.sparsities} | chosen
 
-    def experiments(self, dataset: str, seed: int, sparsities: list[float], epochs: int = 0, **fields) -> list[Pruned]:
-        """One experiment per sparsity from the dense network of this data set and seed; `epochs` 0: the profile's."""
-        dense, epochs = self.dense(dataset, seed), epochs or self.retraining_epochs
-        return [Pruned(dense, sparsity=sparsity, epochs=epochs, **fields) for sparsity in sparsities]
+    def experiments(
+        self,
+        dataset: str,
+        seed: int,
+        sparsities: list[float],
+        epochs: int = 0,
+        pruning_phase: float = 0.0,
+        **fields,
+    ) -> list[Pruned]:
+        """One experiment per sparsity from the dense network of this data set and seed.
+
+        `epochs` 0 means the profile's, and `pruning_phase` 0 the usual one.
+        """
+        fields |= {"epochs": epochs or self.retraining_epochs, "pruning_phase": pruning_phase or PRUNING_PHASE}
+        return [Pruned(self.dense(dataset, seed), sparsity=sparsity, **fields) for sparsity in sparsities]
 
     def pruned(self, method: str, dataset: str, seed: int) -> list[Pruned]:
         """The experiments of a method for one data set and seed; empty where the method does not ask for them."""
