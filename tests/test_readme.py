@@ -65,6 +65,11 @@ def test_tables_of_larger_networks_hold_the_committed_latencies():
         check_lines("networks.md", r"\| [^|]+: ", table, len(table), after=f"### {name}\n")
 
 
+def test_table_of_trained_networks_holds_the_committed_numbers():
+    table = peer_figures.measured_trained("resnet").fillna("")
+    check_lines("networks.md", r"\| [^|]+: [^|]+ \| ", table, len(table), after="### ResNet-18, trained\n")
+
+
 def check_lines(page, start, table, fewest, after=""):
     """The lines of a page that begin so are rows of the table; of the section `after` a heading, if one is named."""
     text = TEXTS[page].split(after)[1].split("\n#")[0] if after else TEXTS[page]

@@ -54,9 +54,8 @@ def kernel_type(device: str) -> str:
 def network_contenders(
     dense: Dense, batch: int, device: str, specs: Specs, others: peers.Peers | None = None, pruned_peers: bool = False
 ) -> list[Contender]:
-    """An untrained network, dense and pruned as each of `specs` says.
+    """An untrained network, dense and pruned as each of `specs` says; by our kernels in bf16, too, where a CPU can.
 
-    Pruned ones run in bf16, too, where a CPU has instructions for it.
     `others` run the dense network; with `pruned_peers`, the engine that gains from zeros runs the pruned ones, too: it
     compiles each of them for seconds.
     """
