@@ -183,7 +183,7 @@ def trained_table(latency: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame
         way=rows["implementation"].replace(SPARSE, "our kernels").mask(for_dense, "the fastest dense engine"),
         share=rows["target_sparsity"],
         text=rows["latency_us"].map(duration)
-        + (" (" + rows["implementation"].str.split(r"[ ,]").str[0] + ")").where(for_dense, ""),
+        + (" (" + rows["implementation"].str.replace(r",.*| \d.*", "", regex=True) + ")").where(for_dense, ""),
     )
     key = ["pattern", "share", "way", "batch"]
     fastest = rows.loc[rows.groupby(key)["latency_us"].idxmin()].set_index(key)
