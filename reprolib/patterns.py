@@ -400,13 +400,17 @@ class Hybrid(Pattern):
             count = max(count, _units_to_keep(ranks, units, there, fine_at_the_end, _wanted(weight, target, within)))
         return fine, ranks < count
 
+    def fine_sparsity(self, sparsity: float) -> float:
+        """The fine half's share of a target."""
+        return 1.0 - round((1.0 - sparsity) ** self.split, 12)
+
     def _fine_mask(self, weight: Tensor, sparsity: float, step: Step) -> Tensor:
         """The fine half's share of `sparsity`.
 
         Weights of coarse units that are gone take no part in it: else the fine half would keep more and more of the
         units that are left. Where that would leave too few of them to meet `sparsity`, they take part after all.
         """
-        due, ends = (1.0 - round((1.0 - s) ** self.split, 12) for s in (sparsity, step.target))
+        due, ends = map(self.fine_sparsity, (sparsity, step.target))
         step = step._replace(target=ends)
         if step.alive is not None:
             left = self.coarse.units_with(step.alive, weight)

@@ -215,7 +215,8 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
     batches = BATCHES[device]
     own_network = profile.dense(profile.datasets[0], 0)
     full_network = replace(own_network, **FULL)
-    is_full = _named("", own_network, 1, 0, device) == _named("", full_network, 1, 0, device) and not own_network.hidden
+    side = data.shape(own_network.dataset)[1]
+    is_full = side == CIFAR_SIDE and replace(own_network, dataset=FULL["dataset"]) == full_network
     survey, own = extent == "all", profile_specs(profile)
 
     def network(dense: Dense, seed: int, batch: int, specs: Specs, scope: str = "network") -> Contest:

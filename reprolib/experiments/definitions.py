@@ -60,8 +60,21 @@ class Dense:
         return f"{data.label(self.dataset)}, seed {self.seed}, dense"
 
 
+class _Smaller:
+    """What is made of a `dense` network: it has a `sparsity`, and a `method` that tables call it by."""
+
+    @cached_property
+    def run_id(self) -> str:
+        return f"{self.dense.origin}-{self.method}-{100 * self.sparsity:g}pct-{fingerprint(self)}"
+
+    @property
+    def label(self) -> str:
+        """What progress bars and messages call it."""
+        return f"{data.label(self.dense.dataset)}, seed {self.dense.seed}, {self.method} at {100 * self.sparsity:g} %"
+
+
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(_Smaller):
     """A dense network pruned to `sparsity` and retrained.
 
     `pattern` is the text form of a pattern; `score` is magnitude or random (the control); `schedule`, `ratios` and
@@ -151,18 +164,9 @@ class Pruned:
         suffix = "+" if used == possible else "".join(f"-{name}" for name in used)
         return prefix + pattern.family + ("-group-lasso" if self.group_lasso else "") + suffix
 
-    @cached_property
-    def run_id(self) -> str:
-        return _run_id(self)
-
-    @property
-    def label(self) -> str:
-        """What progress bars and messages call it."""
-        return _label(self)
-
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(_Smaller):
     """A rival: a dense network that loses whole channels, `sparsity` of its weights, and is retrained.
 
     See `pruning.remove_channels`. All of them go at once; the learning rate is rewound as for `Pruned`.
@@ -179,25 +183,6 @@ class Channels:
         sparsity = checks.number("sparsity", self.sparsity)
         check_sparsity(sparsity)
         _normalise(self, sparsity=sparsity, epochs=checks.whole("epochs", self.epochs))
-
-    @cached_property
-    def run_id(self) -> str:
-        return _run_id(self)
-
-    @property
-    def label(self) -> str:
-        """What progress bars and messages call it."""
-        return _label(self)
-
-
-def _run_id(experiment: Pruned | Channels) -> str:
-    share = f"{100 * experiment.sparsity:g}pct"
-    return f"{experiment.dense.origin}-{experiment.method}-{share}-{fingerprint(experiment)}"
-
-
-def _label(experiment: Pruned | Channels) -> str:
-    dense = experiment.dense
-    return f"{data.label(dense.dataset)}, seed {dense.seed}, {experiment.method} at {100 * experiment.sparsity:g} %"
 
 
 def _normalise(frozen, **values) -> None:

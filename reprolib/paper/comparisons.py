@@ -21,9 +21,13 @@ def readings(profile: Profile, rows: pd.DataFrame) -> pd.DataFrame:
     its 95 % interval and what that says. Where a reading has no rival of its own, that of our reading counts.
     """
     runs = {
-        tuple(method.split(": ")): {e.run_id for e in profile.asked(section) if e in profile.pruned(method, *_of(e))}
-        for section in ("methods", "ablations")
-        for method in getattr(profile, section)
+        tuple(method.split(": ")): {
+            e.run_id
+            for dataset in profile.datasets
+            for seed in profile.seeds
+            for e in profile.pruned(method, dataset, seed)
+        }
+        for method in profile.methods | profile.ablations
     }
     seeds = {name: rows[rows["run_id"].isin(ids)].set_index("seed")["accuracy_pct"] for name, ids in runs.items()}
     table = {}
@@ -32,10 +36,6 @@ def readings(profile: Profile, rows: pd.DataFrame) -> pd.DataFrame:
         table[reading] = {kind: mean_sd(values) if len(values) else "" for kind, values in three.items()}
         table[reading] |= {f"hybrid − {kind}": _difference(three["hybrid"] - three[kind]) for kind in RIVALS}
     return pd.DataFrame.from_dict(table, orient="index")
-
-
-def _of(experiment) -> tuple[str, int]:
-    return experiment.dense.dataset, experiment.dense.seed
 
 
 def _difference(differences: pd.Series) -> str:

@@ -35,8 +35,8 @@ class Units(NamedTuple):
     blocks: float
 
 
-class Seam(NamedTuple):
-    """Layers whose outputs are the channels that another one reads, with what lies between: batch norms."""
+class Link(NamedTuple):
+    """A layer, the only one that reads its outputs, and the batch norms between them."""
 
     layer: nn.Conv2d
     norms: list[nn.BatchNorm2d]
@@ -70,8 +70,7 @@ def units_of(pattern: Pattern, sparsity: float) -> Units:
     if isinstance(fine, NM):
         bank, keep = fine.m, fine.n
     else:
-        due = 1.0 - round((1.0 - sparsity) ** pattern.split, 12)
-        bank, keep = fine.bank, fine.bank - pruned_count(fine.bank, due)
+        bank, keep = fine.bank, fine.bank - pruned_count(fine.bank, pattern.fine_sparsity(sparsity))
     return Units(coarse.rows, coarse.cols, bank, keep, min(1.0, (1 - sparsity) * bank / keep))
 
 
@@ -85,19 +84,18 @@ def permute_channels(model: nn.Module, pattern: Pattern, sparsity: float, seed: 
     """
     check_permutable(pattern)
     units, pruned = units_of(pattern, sparsity), {id(weight) for weight in prunable(model).values()}
-    seams = [seam for seam in _seams(model) if seam.layer.out_channels % np.lcm(units.rows, units.cols) == 0]
-    orders = [np.arange(seam.layer.out_channels) for seam in seams]
+    links = [link for link in _links(model) if link.layer.out_channels % np.lcm(units.rows, units.cols) == 0]
     for number, temperature in enumerate(TEMPERATURES):
-        for place, seam in enumerate(seams):
-            rows = _rows(seam.layer.weight, units) if id(seam.layer.weight) in pruned else None
-            columns = _columns(seam.reader.weight, units) if id(seam.reader.weight) in pruned else None
+        for place, link in enumerate(links):
+            rows = _rows(link.layer.weight, units) if id(link.layer.weight) in pruned else None
+            columns = _columns(link.reader.weight, units) if id(link.reader.weight) in pruned else None
             if rows is None and columns is None:
                 continue
-            order = _annealed(len(orders[place]), units, rows, columns, temperature, (seed, number, place))
-            _reorder(seam, torch.from_numpy(order).to(seam.layer.weight.device))
+            order = _annealed(link.layer.out_channels, units, rows, columns, temperature, (seed, number, place))
+            _reorder(link, torch.from_numpy(order).to(link.layer.weight.device))
 
 
-def _seams(model: nn.Module) -> Iterator[Seam]:
+def _links(model: nn.Module) -> Iterator[Link]:
     try:
         graph = fx.symbolic_trace(model)
     except Exception as problem:  # whatever code of the user's own raises when torch.fx runs it
@@ -115,7 +113,7 @@ def _seams(model: nn.Module) -> Iterator[Seam]:
         layer = module_of(node)
         if type(layer) is not nn.Conv2d or layer.groups > 1:
             continue
-        between: list[nn.Module] = []
+        module, between = None, []
         while len(node.users) == 1:
             node = next(iter(node.users))
             # One ReLU may serve many layers.
@@ -126,25 +124,26 @@ def _seams(model: nn.Module) -> Iterator[Seam]:
             between.append(module)
         rows = [module for module in between if isinstance(module, nn.Flatten)]
         reads = {nn.Conv2d: not rows, nn.Linear: len(rows) == 1 and (rows[0].start_dim, rows[0].end_dim) == (1, -1)}
-        if not (len(node.users) and reads.get(type(module)) and getattr(module, "groups", 1) == 1):
+        if not (reads.get(type(module)) and getattr(module, "groups", 1) == 1):
             continue
         if module.weight.shape[1] == layer.out_channels:  # rows hold one number of each channel
-            yield Seam(layer, [each for each in between if isinstance(each, nn.BatchNorm2d)], module)
+            yield Link(layer, [each for each in between if isinstance(each, nn.BatchNorm2d)], module)
 
 
-def _reorder(seam: Seam, order: torch.Tensor) -> None:
-    outputs = [seam.layer.weight, seam.layer.bias]
-    for norm in seam.norms:
+def _reorder(link: Link, order: torch.Tensor) -> None:
+    outputs = [link.layer.weight, link.layer.bias]
+    for norm in link.norms:
         outputs += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
     for tensor in outputs:
         if tensor is not None:
             tensor.copy_(tensor[order])
-    seam.reader.weight.copy_(seam.reader.weight[:, order])
+    link.reader.weight.copy_(link.reader.weight[:, order])
 
 
 def _rows(weight: torch.Tensor, units: Units) -> tuple[np.ndarray, float, float] | None:
-    """What each output keeps of each block, float32 ``[C_out, blocks across]``; the last block that stays; the weight
-    of it all. None where blocks don't divide the columns."""
+    """What each output keeps of each block, float32 ``[C_out, blocks across]``; what the last block that stays keeps;
+    and one over the magnitude of the layer. None where blocks don't divide the matrix.
+    """
     matrix = gemm_view(weight.detach()).abs().float().cpu().numpy()
     if matrix.shape[1] % units.cols or matrix.shape[0] % units.rows:
         return None
@@ -155,11 +154,12 @@ def _rows(weight: torch.Tensor, units: Units) -> tuple[np.ndarray, float, float]
 
 
 def _columns(weight: torch.Tensor, units: Units) -> tuple[np.ndarray, float, float] | None:
-    """Magnitudes by input, float32 ``[C_in, taps * C_out]``; the last block that stays; the weight of it all."""
-    if weight.shape[0] % units.rows or weight.shape[1] % units.cols or _rows(weight, units) is None:
+    """Magnitudes by input, float32 ``[C_in, taps * C_out]``; the other two as in `_rows`."""
+    rows = _rows(weight, units)
+    if rows is None or weight.shape[1] % units.cols:
         return None
+    _, last, share = rows
     magnitudes = weight.detach().abs().float().cpu().numpy().reshape(*weight.shape[:2], -1)
-    _, last, share = _rows(weight, units)
     return np.ascontiguousarray(magnitudes.transpose(1, 2, 0).reshape(weight.shape[1], -1)), last, share
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,8 +80,7 @@ def fit(
     steps = total_steps(dataset, recipe) // recipe.epochs
     where = next(model.parameters()).device
     state = _begin(model, recipe, seed, where, pruner)
-    loss_of = partial(_loss, recipe.label_smoothing, teacher, distillation if teacher else 0.0, recipe.precision)
-    step = _step_of(state, dataset, recipe, penalty, loss_of)
+    step = _step_of(state, dataset, recipe, penalty, teacher, distillation)
     take = _captured(step) if where.type == "cuda" else step
     of = {"recipe": asdict(recipe), "seed": seed}
     start = checkpoints.restore(checkpoint, state, of)
@@ -160,29 +158,13 @@ def distilled(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _loss(
-    label_smoothing: float,
-    teacher: nn.Module | None,
-    distillation: float,
-    precision: str,
-    images: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-) -> Tensor:
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    if not distillation:
-        return loss
-    with torch.no_grad(), autocast(precision, images.device.type):
-        answers = teacher(images)
-    return (1 - distillation) * loss + distillation * distilled(logits, answers.float())
-
-
 def _step_of(
     state: State,
     dataset: Dataset,
     recipe: Recipe,
     penalty: Callable[[], Tensor] | None,
-    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    teacher: nn.Module | None,
+    distillation: float,
 ) -> Callable[[Tensor, bool], None]:
     """One step on the images that a row of `_draw_epoch` names; its flag says whether the penalty counts."""
     train = dataset.train
@@ -192,7 +174,11 @@ def _step_of(
         images = normalised(augmented(train.images[chosen], draws[:, 1:], dataset), dataset)
         with autocast(recipe.precision, images.device.type):
             logits = state.model(images)
-        loss = loss_of(images, logits.float(), train.labels[chosen])
+        loss = F.cross_entropy(logits.float(), train.labels[chosen], label_smoothing=recipe.label_smoothing)
+        if teacher is not None and distillation:
+            with torch.no_grad(), autocast(recipe.precision, images.device.type):
+                answers = teacher(images)
+            loss = (1 - distillation) * loss + distillation * distilled(logits.float(), answers.float())
         state.total.add_(loss.detach())
         (loss + penalty() if penalised else loss).backward()
         state.optimizer.step()

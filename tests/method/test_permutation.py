@@ -87,6 +87,28 @@ def test_channels_that_others_see_stay_where_they_are():
     assert moved == {"first.weight", "first.bias", "a.weight"}  # what `a` alone reads
 
 
+class Branching(nn.Module):
+    """What `b` gives is read twice, and nothing lies between: it stays in its order, whatever came before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(c, 32, 3, padding=1) for c in (3, 32, 32))
+        self.linear = nn.Linear(32, 2)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        return self.linear((x + self.c(x)).mean((2, 3)))
+
+
+def test_outputs_that_are_read_twice_at_once_stay_where_they_are():
+    torch.manual_seed(0)
+    model, images = Branching().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(images)
+        permute_channels(model, parse("Block(4, 4)"), 0.8)
+        torch.testing.assert_close(model(images), expected)
+
+
 @pytest.mark.parametrize(
     "between", [[nn.Linear(8, 8), nn.Flatten()], [nn.Flatten(2), nn.Linear(64, 8), nn.Flatten()]], ids=["row", "pixels"]
 )
