@@ -160,7 +160,7 @@ class Pattern:
         without a GEMM view.
         """
         alive, _, within = step or NO_STEP
-        scores = self.unit_scores(weight, alive)
+        scores = self._preferred(self.unit_scores(weight, alive), weight)
         check_sparsity(sparsity)
         units = scores.shape[1]
         count = units - pruned_count(units, sparsity)
@@ -180,7 +180,7 @@ class Pattern:
         ``ranks < count`` is the mask that keeps `count` units in each group. Units of which nothing is `alive` are the
         first to be pruned.
         """
-        scores = self.unit_scores(weight, alive)
+        scores = self._preferred(self.unit_scores(weight, alive), weight)
         return self._spread_over(weight, _ranked(scores)), scores.shape[1]
 
     def unit_scores(self, weight: Tensor, alive: Tensor | None = None) -> Tensor:
@@ -190,6 +190,10 @@ class Pattern:
         """
         scores = self.scores(_magnitudes(weight, self.order))
         return scores if alive is None else scores.masked_fill(~self._units_in(alive, scores), -math.inf)
+
+    def _preferred(self, scores: Tensor, weight: Tensor) -> Tensor:
+        """The scores, those of units raised that are to stay before all others."""
+        return scores
 
     def units_with(self, mask: Tensor, weight: Tensor) -> Tensor:
         """The weights whose unit has a weight in `mask`; bool, both shaped like `weight`."""
@@ -237,11 +241,17 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class Block(Pattern):
-    """Whole tiles of rows x cols go, ranked by a norm of their weights: l1, l2, max or mean (Narang et al., 2017)."""
+    """Whole tiles of rows x cols go, ranked by a norm of their weights: l1, l2, max or mean (Narang et al., 2017).
+
+    Where it is `covered`, no channel is lost while there are blocks enough: of each `rows` output channels the best
+    block stays; then of each `cols` input channels, all taps together, if `cols` divides them and the order is
+    ``channels_last``.
+    """
 
     rows: int
     cols: int
     norm: str = "l1"
+    covered: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -259,6 +269,17 @@ class Block(Pattern):
             case "mean":
                 scores = tiles.sum(dim=1) / tile(torch.ones_like(matrix), self.rows, self.cols).sum(dim=1)
         return scores[None]
+
+    def _preferred(self, scores: Tensor, weight: Tensor) -> Tensor:
+        if not self.covered:
+            return scores
+        grid = scores.view(-(-weight.shape[0] // self.rows), -1)
+        raised = torch.zeros_like(grid).scatter_(1, grid.argmax(dim=1, keepdim=True), 2.0)
+        if weight.shape[1] % self.cols == 0 and (self.order == ORDERS[0] or weight.dim() == 2):
+            by_input = grid.view(-1, weight.shape[1] // self.cols)  # [rows of blocks * taps, groups of inputs]
+            best = by_input.argmax(dim=0, keepdim=True)
+            raised.view_as(by_input).scatter_add_(0, best, torch.ones_like(best, dtype=raised.dtype))
+        return scores + raised.view_as(scores) * (scores.max() + 1)
 
     def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
         tiles = values.reshape(-1, 1).expand(-1, self.rows * self.cols)
@@ -300,9 +321,7 @@ class NM(Pattern):
 
     def mask(self, weight: Tensor, sparsity: float, step: Step | None = None) -> Tensor:
         """As `Pattern.mask`, with a sparsity of 1 - n / m: at once, or at most that much on the way to a `target`."""
-        check_sparsity(sparsity)
-        on_the_way = step is not None and step.target is not None and sparsity < step.target
-        due = min(sparsity, 1 - self.n / self.m) if on_the_way else 1 - self.n / self.m
+        due = _nm_sparsity(self.n, self.m, sparsity, step)
         return Balanced(self.m, order=self.order).mask(weight, due, step)
 
     def scores(self, matrix: Tensor) -> Tensor:
@@ -310,6 +329,12 @@ class NM(Pattern):
 
     def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
         return Balanced(self.m).spread(values, shape)
+
+
+def _nm_sparsity(n: int, m: int, sparsity: float, step: Step | None) -> float:
+    check_sparsity(sparsity)
+    on_the_way = step is not None and step.target is not None and sparsity < step.target
+    return min(sparsity, 1 - n / m) if on_the_way else 1 - n / m
 
 
 @dataclass(frozen=True)
@@ -327,6 +352,40 @@ class Vector(Pattern):
     def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
         tiles = values.reshape(-1, 1).expand(-1, self.length)
         return untile(tiles, shape, self.length, 1)
+
+
+@dataclass(frozen=True)
+class VNM(Pattern):
+    """V:N:M sparsity (Castro et al., "VENOM", SC 2023): for v rows together, 2 n of every m columns stay, ranked by L1
+    norm; within these, each row keeps its n largest weights. VNM(64, 2, 16) runs on sparse tensor cores as 2:4.
+
+    Its sparsity is 1 - n / m, whatever the target. On the way to it, columns go first, weights of single rows last: so
+    each mask lies within the one before.
+    """
+
+    v: int
+    n: int
+    m: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 2 * self.n > self.m:
+            raise ValueError(f"VNM keeps 2 n of m columns: 2 * {self.n} must not be larger than m = {self.m}")
+
+    def mask(self, weight: Tensor, sparsity: float, step: Step | None = None) -> Tensor:
+        """As `NM.mask`."""
+        due = _nm_sparsity(self.n, self.m, sparsity, step)
+        kept = self.m - pruned_count(self.m, due)
+        columns = super().mask(weight, 1 - max(kept, 2 * self.n) / self.m, step)
+        return Balanced(self.m, order=self.order).mask(weight, due, (step or NO_STEP)._replace(alive=columns))
+
+    def scores(self, matrix: Tensor) -> Tensor:
+        vectors = tile(matrix, self.v, 1).sum(dim=1).view(-(-matrix.shape[0] // self.v), -1)
+        return tile(vectors, 1, self.m, fill=-math.inf)
+
+    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        vectors = untile(values, (-(-shape[0] // self.v), shape[1]), 1, self.m)
+        return vectors.repeat_interleave(self.v, dim=0)[: shape[0]]
 
 
 @dataclass(frozen=True)
@@ -366,6 +425,9 @@ class Hybrid(Pattern):
         super().__post_init__()
         if not (isinstance(self.fine, Pattern) and isinstance(self.coarse, Pattern)):
             raise ValueError(f"a hybrid takes two patterns, not {self.fine!r} and {self.coarse!r}")
+        for half in (self.fine, self.coarse):
+            if isinstance(half, VNM):
+                raise ValueError(f"{half} has a fine and a coarse half of its own: use it alone")
         if isinstance(self.coarse, Hybrid):
             raise ValueError("the coarse half of a hybrid must be a single pattern: write (a & b) & c, not a & (b & c)")
         if self.order != ORDERS[0]:

@@ -101,7 +101,7 @@ def check_profile(block, folder, monkeypatch):
     (folder / "mine.yaml").write_text(block)
     profile = profiles.load(str(folder / "mine.yaml"))
     weights = pruning.prunable(models.build(profile.model, 2, profile.width, tuple(profile.hidden)))
-    for experiment in profile.asked("methods") + profile.asked("ablations"):
+    for experiment in [*profile.asked("methods"), *profile.asked("ablations")]:
         pattern, ratios = parse(experiment.pattern), pruning.uniform_ratios(weights, experiment.sparsity)
         running.check_target(pattern, experiment.sparsity, pruning.make_masks(weights, pattern, ratios))
 

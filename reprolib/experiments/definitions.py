@@ -158,8 +158,10 @@ class Pruned(_Smaller):
             "short-phase": self.pruning_phase < pruning.PRUNING_PHASE,
             "high-lr": self.lr_factor > 1,
             "permuted": self.permuted,
+            "covered": isinstance(pattern, Block) and pattern.covered,
         }
-        possible = [name for name in lifts if name != "permuted" or pruning.is_permutable(pattern)]
+        impossible = {"permuted": not pruning.is_permutable(pattern), "covered": not isinstance(pattern, Block)}
+        possible = [name for name in lifts if not impossible.get(name)]
         used = [name for name in lifts if lifts[name]]
         suffix = "+" if used == possible else "".join(f"-{name}" for name in used)
         return prefix + pattern.family + ("-group-lasso" if self.group_lasso else "") + suffix

@@ -20,6 +20,7 @@ from reprolib.pruning import PRUNING_PHASE
 from reprolib.training import Recipe
 
 DRY_RUN, DRY_IMAGES = "-dry-run", 16
+DENSE = "dense"  # what tables call the networks that are not pruned
 DECISIVE = ("hybrid", "block", "balanced")  # the methods that most claims compare
 DECIDED_FROM = 0.90  # CIFAR-10 is nearly flat below: claims on accuracy are decided at and above this target sparsity
 
@@ -100,15 +101,23 @@ class Profile:
         dense = [self.dense(dataset, seed) for seed in self.seeds for dataset in self.datasets]
         return [Channels(one, sparsity, self.retraining_epochs) for one in dense for sparsity in self.channels]
 
-    def asked(self, section: str) -> list[Pruned]:
-        """All experiments of a section, ``methods`` or ``ablations``."""
-        return [
-            experiment
-            for seed in self.seeds
-            for dataset in self.datasets
-            for method in getattr(self, section)
-            for experiment in self.pruned(method, dataset, seed)
-        ]
+    def asked(self, section: str) -> dict[Pruned, str]:
+        """All experiments of a section, ``methods`` or ``ablations``, each with the name that it has there."""
+        found: dict[Pruned, str] = {}
+        for seed in self.seeds:
+            for dataset in self.datasets:
+                for method in getattr(self, section):
+                    for experiment in self.pruned(method, dataset, seed):
+                        found.setdefault(experiment, method)
+        return found
+
+    def reported(self) -> dict[Dense | Pruned | Channels, str]:
+        """The experiments of ``accuracy.csv``: dense networks, methods, and networks that lose channels; each with
+        what the table calls it, its `pattern`.
+        """
+        dense = [self.dense(dataset, seed) for dataset in self.datasets for seed in self.seeds]
+        named = dict.fromkeys(dense, DENSE) | self.asked("methods")
+        return named | dict.fromkeys(self.without_channels(), Channels.method)
 
     def plan(self) -> list[Dense | Pruned | Channels]:
         """All experiments, the most telling ones first, each behind the dense network that it starts from.
@@ -122,13 +131,13 @@ class Profile:
             known = experiment.sparsity in self.sparsities
             return self.sparsities.index(experiment.sparsity) if known else len(self.sparsities)
 
-        ordered = []
+        named, ordered = self.asked("methods"), []
         for seed in self.seeds:
             of_seed = {
                 section: sorted((e for e in self.asked(section) if e.dense.seed == seed), key=place)
                 for section in ("methods", "ablations")
             }
-            decisive = [e for e in of_seed["methods"] if e.method in DECISIVE and e.sparsity >= DECIDED_FROM]
+            decisive = [e for e in of_seed["methods"] if named[e] in DECISIVE and e.sparsity >= DECIDED_FROM]
             ordered += [self.dense(dataset, seed) for dataset in self.datasets]
             ordered += decisive + of_seed["methods"] + of_seed["ablations"]
             ordered += [experiment for experiment in self.without_channels() if experiment.dense.seed == seed]
@@ -142,17 +151,16 @@ def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:
     missing ones one after the other, at the mean time per epoch of the networks of the data set that are there; NaN
     where there are none).
     """
-    dense = [profile.dense(dataset, seed) for dataset in profile.datasets for seed in profile.seeds]
     rows = pd.DataFrame(
         {
             "dataset": (e if isinstance(e, Dense) else e.dense).dataset,
-            "method": "dense" if isinstance(e, Dense) else e.method,
+            "method": name,
             "seed": (e if isinstance(e, Dense) else e.dense).seed,
             "sparsity": 0.0 if isinstance(e, Dense) else e.sparsity,
             "epochs": experiments.epochs(e),
             "run_id": e.run_id,
         }
-        for e in dense + profile.asked("methods") + profile.without_channels()
+        for e, name in profile.reported().items()
     )
     rows = rows.sort_values("dataset", key=lambda names: names.map(profile.datasets.index), kind="stable")
     rows["trained"] = rows["run_id"].isin(accuracy["run_id"])
@@ -247,6 +255,10 @@ def _read(path: Path, name: str) -> Profile:
     if taken := {"name", "images"} & written.keys():
         raise ValueError(f"{path}: {', '.join(sorted(taken))} is unknown")
     profile = settings.checked(written | {"name": name}, Profile, f"{path}: ")
+    if profile.methods.keys() & {DENSE, Channels.method}:
+        raise ValueError(
+            f"{path}: methods: in tables {DENSE} and {Channels.method} are other networks: take another name"
+        )
     for method, only in (profile.methods | profile.ablations).items():
         for key in ("seeds", "datasets"):
             if foreign := [value for value in only.get(key, []) if value not in getattr(profile, key)]:

@@ -161,14 +161,14 @@ def write_tables(profile: Profile) -> None:
 
     Rows of networks that the profile asks for and that have no record here, of an earlier run elsewhere, stay.
     """
-    dense = [profile.dense(dataset, seed) for seed in profile.seeds for dataset in profile.datasets]
     sections = {
-        paths.accuracy_csv: dense + profile.asked("methods") + profile.without_channels(),
-        paths.ablations_csv: profile.asked("ablations"),
+        paths.accuracy_csv: profile.reported(),
+        paths.ablations_csv: {experiment: experiment.method for experiment in profile.asked("ablations")},
     }
     runs = paths.runs(profile.name)
     for path, asked in sections.items():
-        rows = [experiments.run(e, runs)["row"] for e in asked if experiments.is_done(e, runs)]
+        done = {e: name for e, name in asked.items() if experiments.is_done(e, runs)}
+        rows = [experiments.run(e, runs)["row"] | {"pattern": name} for e, name in done.items()]
         records.update(path(profile.name), pd.DataFrame(rows), [experiment.run_id for experiment in asked])
 
 

@@ -324,7 +324,7 @@ def test_networks_that_are_pruned_in_another_way_are_not_timed_as_theirs(setting
     methods = profile.methods | {"mine": {"pattern": "Balanced(2)&Block(2,2)"} | settings}
     assert latency.profile_specs(replace(profile, methods=methods)) == latency.profile_specs(profile)
     plain = latency.profile_specs(replace(profile, methods={"mine": {"pattern": "Balanced(2)&Block(2,2)"}}))
-    assert {spec[:2] for spec in plain} == {("hybrid", "Balanced(2) & Block(2, 2)")}  # as accuracy.csv names it
+    assert {spec[:2] for spec in plain} == {("mine", "Balanced(2) & Block(2, 2)")}  # as accuracy.csv names it
 
 
 def test_one_row_per_implementation(table):

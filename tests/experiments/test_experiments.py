@@ -170,6 +170,8 @@ def test_every_field_changes_the_id(kind, name):
         (LIFTS | {"permuted": True}, "hybrid+"),
         (LIFTS, "hybrid-distilled-short-phase-high-lr"),
         (LIFTS | {"pattern": "Unstructured()"}, "unstructured+"),
+        ({"pattern": "Block(4, 4, covered=True)"}, "block-covered"),
+        (LIFTS | {"permuted": True, "pattern": "Block(4, 4, covered=True)"}, "block+"),
     ],
 )
 def test_method_names_the_pattern_and_what_sets_it_apart(changes, method):

@@ -99,6 +99,21 @@ def test_plan_puts_what_tells_most_first(load):
     ]
 
 
+def test_methods_of_one_family_keep_their_names(load):
+    """What tables call a network is what the profile calls it: ``hybrid`` may be one of several hybrids."""
+    methods = {"two-four": {"pattern": "NM(2, 4) & Block(4, 4)"}, "hybrid": {"pattern": "Balanced(4) & Block(4, 4)"}}
+    methods["again"] = methods["hybrid"]
+    profile = load(methods=methods | {"block": {"pattern": "Block(4, 4)"}}, channels=[0.5])
+    names = {getattr(e, "pattern", ""): name for e, name in profile.reported().items()}
+    assert names == {
+        "": "channels",
+        "NM(2, 4) & Block(4, 4)": "two-four",
+        "Balanced(4) & Block(4, 4)": "hybrid",
+        "Block(4, 4)": "block",
+    }
+    assert list(profile.reported().values())[:4] == ["dense"] * 4
+
+
 def test_plan_names_an_experiment_once(load):
     twice = load(ablations={"same": {"pattern": "Block(4, 4)", "sparsities": [0.5]}}).plan()
     assert len(twice) == len(set(twice)) == len(load(ablations={}).plan())
@@ -159,6 +174,7 @@ def test_unknown_profile_is_refused_with_the_choice(load):
         ({"datasets": "cifar10"}, "datasets must be a list, such as [a, b], not 'cifar10'"),
         ({"threads": 0}, "threads"),
         ({"methods": {}}, "methods is empty"),
+        ({"methods": {"dense": {"pattern": "Block(4, 4)"}}}, "dense and channels are other networks"),
         ({"datasets": []}, "datasets is empty"),
         ({"seeds": [0, 0]}, "seeds: holds 0 twice"),
         ({"seeds": [0.0]}, "seeds[0] must be a whole number, not 0.0"),
@@ -281,7 +297,7 @@ def test_wrong_or_missing_profile_of_the_users_own_is_named(own, tmp_path):
 @pytest.mark.parametrize("name", profiles.names())
 def test_profile_of_the_project_loads_and_starts_from_one_dense_network_per_seed(name):
     profile = profiles.load(name)
-    experiments = profile.asked("methods") + profile.asked("ablations")
+    experiments = [*profile.asked("methods"), *profile.asked("ablations")]
     assert len({e.run_id for e in experiments}) >= len(profile.methods) * len(profile.seeds)
     assert len({e.dense for e in experiments}) == len(profile.seeds) * len(profile.datasets)
 
@@ -292,7 +308,7 @@ def test_every_pattern_of_a_profile_can_express_its_sparsities(name):
     torch.manual_seed(0)
     layers = prunable(models.build(profile.model, 10, profile.width, tuple(profile.hidden)))
     shapes = {weight.shape: weight for weight in layers.values()}  # equal shapes keep equally many
-    asked = {(e.pattern, e.sparsity) for e in profile.asked("methods") + profile.asked("ablations")}
+    asked = {(e.pattern, e.sparsity) for e in [*profile.asked("methods"), *profile.asked("ablations")]}
     for pattern, sparsity in sorted(asked):
         masks = make_masks(shapes, parse(pattern), uniform_ratios(shapes, sparsity))
         check_target(parse(pattern), sparsity, {name: masks[weight.shape] for name, weight in layers.items()})

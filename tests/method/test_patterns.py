@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from reprolib.patterns import (
     NM,
+    VNM,
     Balanced,
     Block,
     Hybrid,
@@ -57,6 +58,7 @@ class Filters(Pattern):
 ALL = [
     Unstructured(),
     Block(2, 2),
+    Block(2, 2, covered=True),
     Balanced(4),
     Vector(2),
     Pairs(),
@@ -135,6 +137,35 @@ def test_partial_tiles_are_units_of_their_own(pattern, sparsity, expected):
 def test_norm_ranks_blocks(norm, expected):
     weight = [[3, 3, 3, 3, 7, 2, 0, 0, 6, 5, 0, 0, 4, 4]]
     assert mask_of(Block(1, 4, norm=norm), weight, 0.75) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (1, ["1000", "0000"]),
+        (2, ["1000", "0001"]),  # the best of each row; the best two are both in the first
+        (3, ["1001", "0001"]),  # and of the second channel
+        (4, ["1011", "0001"]),
+    ],
+)
+def test_covered_blocks_lose_no_channel_while_there_are_enough(kept, expected):
+    matrix = torch.tensor([[9.0, 6.0, 8.5, 8.0], [0.0, 1.0, 2.0, 5.0]])  # two channels at each of two taps
+    weight = from_gemm_view(matrix, torch.Size([2, 2, 1, 2]))
+    mask = gemm_view(Block(1, 1, covered=True).mask(weight, 1 - kept / 8))
+    assert ["".join("01"[keep] for keep in row) for row in mask.tolist()] == expected
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.data())
+def test_covered_blocks_cover(down, inputs, taps, seed, data):
+    """With blocks for every row and every group of inputs, each keeps one, step by step; and as many stay as ever."""
+    blocks = down * inputs * taps
+    kept = data.draw(st.integers(min(down + inputs, blocks), blocks), label="kept")
+    weight = whole_numbers(down * 2, inputs * 3 * taps, seed).reshape(down * 2, inputs * 3, 1, taps)
+    pattern, alive = Block(2, 3, covered=True), None
+    for count in range(blocks, kept - 1, -1):
+        alive = pattern.mask(weight if alive is None else weight * alive, 1 - count / blocks, Step(alive, None))
+        assert alive.sum() == count * 6
+        assert alive.any(dim=(1, 2, 3)).all() and alive.any(dim=(0, 2, 3)).all()
 
 
 @pytest.mark.parametrize(
@@ -436,6 +467,8 @@ def test_bad_sparsity_or_weight_is_refused(pattern, weight, sparsity, message):
         (lambda: Block(2, True), "Block: cols must be a whole number of at least 1, not True"),
         (lambda: Block(2, 2) & NM(2, 4), r"would not be n:m: write NM\(2, 4\) & Block\(2, 2\)"),
         (lambda: Hybrid(Balanced(2), Block(2, 2), order="channels_first"), "give order= to its halves"),
+        (lambda: VNM(4, 2, 8) & Block(4, 8), r"VNM\(4, 2, 8\) has a fine and a coarse half of its own: use it alone"),
+        (lambda: VNM(4, 2, 3), r"VNM keeps 2 n of m columns: 2 \* 2 must not be larger than m = 3"),
     ],
 )
 def test_bad_pattern_is_refused(build, message):
@@ -493,7 +526,7 @@ def test_parse_undoes_str(pattern):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Blok(4, 4)", "unknown pattern 'Blok' in .*known are Balanced, Block, .*Unstructured, Vector"),
+        ("Blok(4, 4)", "unknown pattern 'Blok' in .*known are Balanced, Block, .*Unstructured, VNM, Vector"),
         ("open('secrets')", "unknown pattern 'open'"),
         ("__import__('os').getcwd()", "not understood: write for example 'Balanced"),
         ("Block(4", r"'Block\(4' is not understood"),
@@ -591,6 +624,46 @@ def test_blocks_take_what_two_of_four_leave():
 def test_n_of_m_must_be_possible(text):
     with pytest.raises(ValueError, match="NM"):
         parse(text)
+
+
+VENOM = [  # columns of the upper two rows hold 11 11 11 3 12 1
+    [10.0, 1.0, 6.0, 2.0, 5.0, 0.0],
+    [1.0, 10.0, 5.0, 1.0, 7.0, 1.0],
+    [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+]
+
+
+def test_in_groups_of_rows_few_columns_stay_and_of_these_few_weights():
+    for sparsity in (0.0, 0.5, 0.9):  # columns 0 and 4: of equals the first
+        assert mask_of(VNM(2, 1, 6), VENOM, sparsity) == ["100000", "000010", "000001"]
+    assert mask_of(VNM(2, 2, 6), VENOM, 0.5) == ["101000", "010010", "000011"]
+    assert mask_of(VNM(2, 1, 3), VENOM, 0.5) == ["100010", "010010", "001001"]  # of columns 0 and 1, and of 3 and 4
+
+
+def test_columns_go_first_and_then_weights_of_rows():
+    alive, kept = None, []
+    for due in (0.0, 1 / 3, 0.5, 4 / 6, 5 / 6):
+        alive = VNM(2, 1, 6).mask(torch.tensor(VENOM), due, Step(alive, 5 / 6))
+        kept.append(["".join("01"[keep] for keep in row) for row in alive.tolist()])
+    assert kept == [
+        ["111111", "111111", "111111"],
+        ["111010", "111010", "001111"],
+        ["110010", "110010", "000111"],
+        ["100010", "100010", "000011"],
+        ["100000", "000010", "000001"],
+    ]
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 30), st.integers(1, 4), st.integers(1, 3), st.integers(0, 8), st.integers(0, 99)
+)
+def test_venom_keeps_n_weights_of_2n_columns(rows, cols, v, n, more, seed):
+    m = 2 * n + more
+    mask = VNM(v, n, m).mask(whole_numbers(rows, cols, seed), 0.9)
+    for left in range(0, cols, m):
+        bank = mask[:, left : left + m]
+        assert (bank.sum(dim=1) == min(n, bank.shape[1])).all()
+        assert all(group.any(dim=0).sum() <= 2 * n for group in bank.split(v))
 
 
 # --- Step by step -----------------------------------------------------------------------------------------------------

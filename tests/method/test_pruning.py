@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reprolib.models import vgg16
-from reprolib.patterns import NM, Balanced, Block, Hybrid, Unstructured, Vector
+from reprolib.patterns import NM, VNM, Balanced, Block, Hybrid, Unstructured, Vector
 from reprolib.pruning import (
     SCHEDULES,
     achieved_sparsity,
@@ -96,6 +96,8 @@ STEPPED = [
     Balanced(8),
     Balanced(5),
     NM(2, 4),
+    VNM(4, 2, 8),
+    VNM(3, 1, 5),
     Vector(4),
     *TILING,
     Hybrid(Balanced(8), Block(8, 8), split=0.75),
@@ -140,7 +142,9 @@ def test_masks_only_shrink_and_end_like_one_shot(pattern, shapes, ragged, target
     assert all((named[name][mask] != 0).all() for name, mask in masks.items())
     others = {name: torch.randn(weight.shape, generator=chance) for name, weight in named.items()}
     for name, at_once in make_masks(others, pattern, ratios).items():
-        if not isinstance(pattern, Hybrid):
+        if isinstance(pattern, VNM):  # units of two kinds
+            assert masks[name].sum() == at_once.sum()
+        elif not isinstance(pattern, Hybrid):
             units, expected = (pattern.unit_scores(others[name], m).isfinite().sum() for m in (masks[name], at_once))
             assert units == expected
         elif pattern in TILING and not ragged:
