@@ -21,7 +21,7 @@ def committed_claims(profile):
     return accuracy_figures.claims_table(claims.decide(accuracy, latency), claims.CLAIMS)
 
 
-@pytest.mark.parametrize(("profile", "without_data"), [("laptop", 0), ("laptop-cifar100", 5)])
+@pytest.mark.parametrize(("profile", "without_data"), [("laptop", 0), ("laptop-cifar100", 7)])
 def test_page_of_results_holds_the_committed_verdicts(profile, without_data):
     table = committed_claims(profile)
     has_data = table["verdict"] != "no data"
@@ -92,7 +92,9 @@ def test_table_of_the_full_network_holds_the_committed_accuracies():
 
 
 def test_readme_is_short():
-    assert len(TEXTS["README.md"].split()) <= 1100
+    """Words outside of tables and code."""
+    text = re.sub(r"```.*?```", "", TEXTS["README.md"], flags=re.DOTALL)
+    assert sum(len(line.split()) for line in text.splitlines() if not line.startswith("|")) <= 850
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

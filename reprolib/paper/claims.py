@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -24,10 +24,13 @@ CLAIMS = {
     3: "Within a fixed drop of dense accuracy, hybrid reaches a higher sparsity",
     4: "Hybrid's measured inference speed lies between block's and balanced's",
     5: "Without a regularizer, hybrid is at least as accurate as block with group lasso",
+    6: "At equal measured latency, hybrid is more accurate",
 }
+UNTIMED = "no latency.csv: make bench measures it"
 BETWEEN = "hybrid between block and balanced"
 LATENCY_UNIT = "% of latency"
 _DENSE = "accuracy_dense_pct"  # tells dense networks of one seed, trained on different machines, apart
+NO_DIFFERENCES = pd.Series(dtype=float)
 _ACCURACY_RIVALS = {1: "block", 2: "balanced", 5: "block-group-lasso"}
 
 
@@ -35,8 +38,9 @@ _ACCURACY_RIVALS = {1: "block", 2: "balanced", 5: "block-group-lasso"}
 class Decision:
     """One comparison and all that it rests on.
 
-    `differences` are paired, one per seed; `rows` are those of ``accuracy.csv`` (claim 4: ``latency.csv``) that they
-    come from; `dataset` is the device for claim 4. A comparison that does not decide shows a part, for orientation.
+    `differences` are paired, one per seed; `accuracies` and `latencies` are the rows of ``accuracy.csv`` and of
+    ``latency.csv`` that they come from; `dataset` is the device for claim 4. A comparison that does not decide shows a
+    part, for orientation.
     """
 
     claim: int
@@ -45,7 +49,8 @@ class Decision:
     differences: pd.Series
     unit: str
     remark: str
-    rows: pd.DataFrame
+    accuracies: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["commit", "seed"]))
+    latencies: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["commit", "seed"]))
     decides: bool = True
 
     @property
@@ -58,7 +63,7 @@ class Decision:
 
     @property
     def commits(self) -> list[str]:
-        return sorted(self.rows["commit"].unique()) if len(self.rows) else []
+        return sorted({*self.accuracies["commit"], *self.latencies["commit"]})
 
     def as_row(self) -> dict:
         mean, low, high = interval(self.differences)
@@ -76,9 +81,6 @@ class Decision:
             "remark": "; ".join(filter(None, [self.remark, alone])),
             "commits": ", ".join(self.commits),
         }
-
-
-NOTHING = {"differences": pd.Series(dtype=float), "rows": pd.DataFrame()}  # of a comparison without data
 
 
 def interval(differences: pd.Series | np.ndarray) -> tuple[float, float, float]:
@@ -164,6 +166,7 @@ def decisions(accuracy: pd.DataFrame, latency: pd.DataFrame | None = None) -> li
             found += _on_accuracy(claim, dataset, group, rival)
         for rival in ("block", "balanced"):
             found += [_on_reach(dataset, group, rival, drop) for drop in DROPS]
+            found += _at_equal_latency(dataset, group, rival, latency)
     found += _on_speed(latency, *accuracy[["model", "width"]].iloc[0])
     return sorted(found, key=lambda decision: (decision.claim, decision.dataset))
 
@@ -195,7 +198,7 @@ def _on_accuracy(claim: int, dataset: str, group: pd.DataFrame, rival: str) -> l
     name = f"hybrid − {rival}"
     if decisive.empty:
         remark = f"no pair of hybrid and {rival} at {100 * DECIDED_FROM:.0f} % sparsity or more"
-        return [Decision(claim, dataset, name, unit="points", remark=remark, **NOTHING)]
+        return [Decision(claim, dataset, name, NO_DIFFERENCES, "points", remark)]
     complete = decisive.dropna(axis=1)  # only seeds that have every sparsity count in the mean over sparsities
     tested = ", ".join(f"{100 * s:g}" for s in decisive.index)
     what = f"mean over {tested} % sparsity" if len(decisive) > 1 else f"at {tested} % sparsity"
@@ -213,7 +216,7 @@ def _on_reach(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> Dec
     name, unit = f"hybrid − {rival}, drop of {drop:g}", "points of sparsity"
     rows = _complete_pairs(group, rival)
     if rows.empty:
-        return Decision(3, dataset, name, unit=unit, remark=f"no pair of hybrid and {rival}", **NOTHING)
+        return Decision(3, dataset, name, NO_DIFFERENCES, unit, f"no pair of hybrid and {rival}")
     networks = dict(list(rows.groupby(["pattern", "seed"])))
     reached = {network: reached_sparsity(its, drop) for network, its in networks.items()}
     seeds = sorted(rows["seed"].unique())
@@ -226,7 +229,7 @@ def _on_reach(dataset: str, group: pd.DataFrame, rival: str, drop: float) -> Dec
     )
     for censored, _, where in ends:
         if any(censored["hybrid", seed] and censored[rival, seed] for seed in seeds):
-            return Decision(3, dataset, name, unit=unit, remark=f"hybrid and {rival} drop {where}", **NOTHING)
+            return Decision(3, dataset, name, NO_DIFFERENCES, unit, f"hybrid and {rival} drop {where}")
     # Whoever falls short counts with its lowest tested sparsity, as achieved, and whoever does not end with the
     # highest: this draws differences towards zero, so that a verdict on them stands all the more.
     counted = {key: networks[key]["sparsity"].min() if short[key] else value for key, value in reached.items()}
@@ -250,16 +253,20 @@ def _on_speed(latency: pd.DataFrame | None, model: str, width: float) -> list[De
     """Claim 4, for each device that networks of this kind and width were timed on with our kernels."""
     network = models.title(model, width)
     comparison = f"{BETWEEN}, {network}"
-    nothing = {"claim": 4, "dataset": "cpu", "comparison": comparison, "unit": LATENCY_UNIT} | NOTHING
+    nothing = Decision(4, "cpu", comparison, NO_DIFFERENCES, LATENCY_UNIT, UNTIMED)
     if latency is None:
-        return [Decision(remark="no latency.csv: make bench measures it", **nothing)]
-    decisive = (latency["scope"] == "network") & (latency["implementation"] == SPARSE)
-    decisive &= latency["name"].str.split(",").str[0] == network
-    decisive &= latency["target_sparsity"] >= DECIDED_FROM
-    groups = latency[decisive].groupby("device")
+        return [nothing]
+    rows = _timed(latency, model, width)
+    groups = rows[rows["target_sparsity"] >= DECIDED_FROM].groupby("device")
     remark = f"no latencies of all three patterns at {100 * DECIDED_FROM:.0f} % or more and {network}: make bench"
     found = [decision for device, group in groups for decision in _on_device_speed(device, group, comparison)]
-    return found or [Decision(remark=remark, **nothing)]
+    return found or [replace(nothing, remark=remark)]
+
+
+def _timed(latency: pd.DataFrame, model: str, width: float) -> pd.DataFrame:
+    """Rows of pruned networks of this kind and width in our kernels."""
+    rows = latency[(latency["scope"] == "network") & (latency["implementation"] == SPARSE)]
+    return rows[(rows["name"].str.split(",").str[0] == models.title(model, width)) & (rows["pattern"] != "dense")]
 
 
 def _on_device_speed(device: str, latency: pd.DataFrame, comparison: str) -> list[Decision]:
@@ -279,7 +286,7 @@ def _on_device_speed(device: str, latency: pd.DataFrame, comparison: str) -> lis
     batches = ", ".join(str(batch) for batch in logs.index.unique("batch"))
     tested = ", ".join(f"{100 * sparsity:g}" for sparsity in logs.index.unique("target_sparsity"))
     remark = f"mean over {tested} % sparsity and batches of {batches}"
-    found = [Decision(4, device, comparison, inside, LATENCY_UNIT, remark, rows)]
+    found = [Decision(4, device, comparison, inside, LATENCY_UNIT, remark, latencies=rows)]
     for rival, gap in gaps.items():
         two = rows[rows["pattern"].isin(["hybrid", rival])]
         parts = {f"hybrid − {rival}": (gap, two)}
@@ -287,8 +294,55 @@ def _on_device_speed(device: str, latency: pd.DataFrame, comparison: str) -> lis
             parts[f"hybrid − {rival} at batch {batch}"] = values, two[two["batch"] == batch]
         for name, (values, behind) in parts.items():
             slower = values.groupby("seed").mean()
-            found.append(Decision(4, device, name, slower, LATENCY_UNIT, _in_words(slower), behind, decides=False))
+            words = _in_words(slower)
+            found.append(Decision(4, device, name, slower, LATENCY_UNIT, words, latencies=behind, decides=False))
     return found
+
+
+def _at_equal_latency(dataset: str, group: pd.DataFrame, rival: str, latency: pd.DataFrame | None) -> list[Decision]:
+    """Claim 6: hybrid's accuracy, and the one that `rival` has at hybrid's latency, for each device and batch.
+
+    The latency of a pattern and sparsity is the median of its timed networks. Between two tested sparsities the
+    rival's accuracy is taken as linear in the logarithm of its latency; hybrids faster or slower than all that the
+    rival was tested at are left out.
+    """
+    name = f"hybrid − {rival}"
+    nothing = Decision(6, dataset, name, NO_DIFFERENCES, "points", UNTIMED)
+    if latency is None:
+        return [nothing]
+    rows = _complete_pairs(group, rival)
+    timed = _timed(latency, *group[["model", "width"]].iloc[0])
+    timed = timed[timed["pattern"].isin(["hybrid", rival]) & timed["target_sparsity"].isin(rows["target_sparsity"])]
+    if timed.loc[timed["pattern"] == rival, "target_sparsity"].nunique() < 2:
+        remark = f"{rival} at two sparsities or more, trained and timed, is needed to know its accuracy at a latency"
+        return [replace(nothing, remark=remark)]
+    return [
+        _at_latencies(replace(nothing, comparison=f"{name} at batch {batch}, {device.upper()}"), rival, rows, of_batch)
+        for (device, batch), of_batch in timed.groupby(["device", "batch"])
+    ]
+
+
+def _at_latencies(nothing: Decision, rival: str, rows: pd.DataFrame, timed: pd.DataFrame) -> Decision:
+    logs = np.log(timed.groupby(["pattern", "target_sparsity"])["latency_us"].median())
+    own = logs.get("hybrid", pd.Series(dtype=float))
+    own = own[own.index >= DECIDED_FROM]
+    ends = {"faster": own < logs[rival].min(), "slower": own > logs[rival].max()}
+    remarks = [
+        f"hybrid of {_percents(own.index[out])} is {how} than any {rival}" for how, out in ends.items() if any(out)
+    ]
+    within = own[~ends["faster"] & ~ends["slower"]]
+    if within.empty:
+        return replace(nothing, remark="; ".join(remarks or ["hybrid was not timed"]))
+    gains = {}
+    for seed, accuracy in rows.set_index(["pattern", "target_sparsity"]).groupby("seed")["accuracy_pct"]:
+        points = pd.DataFrame({"log": logs[rival], "accuracy": accuracy[rival]}).dropna().sort_values("log")
+        gains[seed] = np.mean(accuracy["hybrid"][within.index] - np.interp(within, points["log"], points["accuracy"]))
+    remark = "; ".join([f"mean over hybrids of {_percents(within.index)} sparsity", *remarks])
+    return replace(nothing, differences=pd.Series(gains), remark=remark, accuracies=rows, latencies=timed)
+
+
+def _percents(sparsities: pd.Index) -> str:
+    return ", ".join(f"{100 * sparsity:g}" for sparsity in sparsities) + " %"
 
 
 def _in_words(slower: pd.Series) -> str:

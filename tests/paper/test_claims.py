@@ -355,3 +355,75 @@ def test_every_device_gets_its_verdict():
     decided = claims.decide(ACCURACY, both)
     rows = decided[(decided["claim"] == 4) & (decided["verdict"] != claims.ORIENTATION)].set_index("dataset")
     assert rows["verdict"].to_dict() == {"cpu": "supported", "cuda": "contradicted"}
+
+
+# --- Claim 6: accuracy at equal latency -------------------------------------------------------------------------------
+
+TWO_SPARSITIES = {
+    ("hybrid", 0.9): [80.0, 81.0],
+    ("hybrid", 0.95): [76.0, 76.0],
+    ("block", 0.9): [78.0, 80.0],
+    ("block", 0.95): [70.0, 72.0],
+}
+
+
+def at_latencies(hybrid: list[float], block: list[float]) -> pd.DataFrame:
+    """Latencies at 90 and at 95 %, of three timed networks each: their median counts."""
+    times = {"hybrid": hybrid, "block": block}
+    return latency_frame(
+        {
+            (name, 1, s): [us, us / 2, us * 3]
+            for name, two in times.items()
+            for s, us in zip((0.9, 0.95), two, strict=True)
+        }
+    )
+
+
+def test_accuracy_at_the_latency_of_the_rival_is_linear_in_its_logarithm():
+    # Block takes 400 us at 90 % and 100 us at 95 %; hybrid takes 200 us, half way, and 100 us.
+    latency = at_latencies([200, 100], [400, 100])
+    row = deciding(accuracy_frame(TWO_SPARSITIES), 6, "block", latency)
+    assert (
+        row["comparison"] == "hybrid − block at batch 1, CPU"
+        and row["remark"] == "mean over hybrids of 90, 95 % sparsity"
+    )
+    # Block's accuracy half way is 74 and 76: hybrid is better by 6 and 5 there, by 6 and 4 at 100 us.
+    assert (row["seeds"], row["difference"]) == (2, pytest.approx((6 + 4.5) / 2))
+    assert row["commits"] == "of block, of hybrid"
+
+
+def test_hybrids_beyond_the_latencies_of_the_rival_are_left_out_and_named():
+    frame = accuracy_frame(TWO_SPARSITIES)
+    row = deciding(frame, 6, "block", at_latencies([200, 90], [400, 100]))
+    assert row["difference"] == pytest.approx(5.5)
+    assert row["remark"] == "mean over hybrids of 90 % sparsity; hybrid of 95 % is faster than any block"
+    row = deciding(frame, 6, "block", at_latencies([500, 90], [400, 100]))
+    assert row["verdict"] == "no data"
+    assert row["remark"] == "hybrid of 95 % is faster than any block; hybrid of 90 % is slower than any block"
+
+
+@pytest.mark.parametrize(
+    ("latency", "remark"),
+    [
+        (None, "no latency.csv: make bench measures it"),
+        (
+            latency_frame({("block", 1, 0.9): [100], ("hybrid", 1, 0.9): [100]}),
+            "block at two sparsities or more, trained",
+        ),
+        (latency_frame({("block", 1, 0.9): [100], ("block", 1, 0.95): [80]}), "hybrid was not timed"),
+        (at_latencies([200, 100], [400, 100]).assign(name="VGG-16 ×1"), "block at two sparsities or more, trained"),
+    ],
+)
+def test_equal_latency_needs_a_curve_of_the_rival_and_hybrids(latency, remark):
+    row = deciding(accuracy_frame(TWO_SPARSITIES), 6, "block", latency)
+    assert row["verdict"] == "no data" and row["remark"].startswith(remark)
+
+
+def test_equal_latency_is_decided_for_each_batch_and_device():
+    one = at_latencies([200, 100], [400, 100])
+    latency = pd.concat([one, one.assign(batch=64), one.assign(device="cuda")])
+    decided = claims.decide(accuracy_frame(TWO_SPARSITIES), latency)
+    rows = decided[(decided["claim"] == 6) & decided["comparison"].str.contains("block")]
+    assert rows["comparison"].tolist() == [
+        f"hybrid − block at batch {where}" for where in ("1, CPU", "64, CPU", "1, CUDA")
+    ]
