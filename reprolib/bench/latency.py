@@ -330,11 +330,12 @@ def profile_specs(profile: Profile) -> Specs:
     Left out is what shares the masks of another, and what is not pruned as the timed networks are: equally in all
     layers but the first and the last.
     """
-    timed = {}
-    for e, name in profile.asked("methods").items():
-        if (e.score, e.ratios, e.prune_ends, e.group_lasso) == ("magnitude", "uniform", False, 0):
-            timed.setdefault((e.pattern, e.sparsity), name)
-    return tuple((name, *masks) for masks, name in timed.items())
+    timed = (
+        (name, e.pattern, e.sparsity)
+        for e, name in profile.asked("methods").items()
+        if (e.score, e.ratios, e.prune_ends, e.group_lasso) == ("magnitude", "uniform", False, 0)
+    )
+    return tuple(dict.fromkeys(timed))
 
 
 def folder(profile: Profile, device: str) -> Path:

@@ -1,4 +1,4 @@
-"""Two tables of studies of their own: the paper read in other ways, and what lifts a pattern at the same sparsity."""
+"""Tables of what changes one thing at a time for several patterns: readings of the paper, and what lifts a pattern."""
 
 from __future__ import annotations
 
@@ -6,39 +6,60 @@ import pandas as pd
 
 from reprolib.experiments.profiles import Profile
 from reprolib.paper.claims import interval, verdict
-from reprolib.paper.drawing import STYLE, label, mean_sd, ordered
+from reprolib.paper.drawing import mean_sd, ordered
 
-OURS = "ours"  # the reading that all others are compared with
+DEFAULT, ALL_LIFTS = "as usual", "all together"
 RIVALS = ("block", "balanced")
-NO_LIFT, ALL_LIFTS = "as the paper", "all together"
 
 
-def readings(profile: Profile, rows: pd.DataFrame) -> pd.DataFrame:
-    """Claims 1 and 2 under each reading of a profile whose methods are called ``reading: pattern``; texts.
+def changes(profile: Profile) -> dict[tuple[str, str], set[str]]:
+    """Of each change and pattern the ids of the networks.
 
-    `rows` are those of ``accuracy.csv`` and ``ablations.csv``. Index: the reading. Columns: accuracies of hybrid, block
-    and balanced (mean ± SD over seeds), and hybrid minus either rival in points, mean over seeds that both have, with
-    its 95 % interval and what that says. Where a reading has no rival of its own, that of our reading counts.
+    A profile names such networks ``change: pattern``. Those of the plain names, such as ``hybrid``, are the default that
+    changes are compared with; ``hybrid+`` has all that lifts it.
     """
-    runs = {
-        tuple(method.split(": ")): {
-            e.run_id
-            for dataset in profile.datasets
-            for seed in profile.seeds
-            for e in profile.pruned(method, dataset, seed)
-        }
-        for method in profile.methods | profile.ablations
+    found = {}
+    for method in profile.methods | profile.ablations:
+        change, _, pattern = method.rpartition(": ")
+        if method in profile.ablations and not change:
+            continue
+        lifted = pattern.endswith("+")
+        key = change or (ALL_LIFTS if lifted else DEFAULT), pattern.removesuffix("+")
+        asked = (profile.pruned(method, dataset, seed) for dataset in profile.datasets for seed in profile.seeds)
+        found[key] = {experiment.run_id for experiments in asked for experiment in experiments}
+    return dict(sorted(found.items(), key=lambda item: item[0][0] == ALL_LIFTS))  # a stable sort: it comes last
+
+
+def changes_table(profile: Profile, rows: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracies under each change, and claims 1 and 2 under it; texts.
+
+    `rows` are those of ``accuracy.csv`` and ``ablations.csv``, of one data set and sparsity. Index: the change. Columns:
+    accuracy of each pattern (mean ± SD over seeds, in %), and hybrid minus block and balanced in points, mean over the
+    seeds that both have, with its 95 % interval and what that says. A rival that the profile does not change counts as
+    usual.
+    """
+    seeds = {
+        key: rows[rows["run_id"].isin(ids)].set_index("seed")["accuracy_pct"] for key, ids in changes(profile).items()
     }
-    seeds = {name: rows[rows["run_id"].isin(ids)].set_index("seed")["accuracy_pct"] for name, ids in runs.items()}
-    table = {}
-    for reading in dict.fromkeys(name for name, _ in seeds):
-        three = {kind: seeds.get((reading, kind), seeds[OURS, kind]) for kind in ("hybrid", *RIVALS)}
-        table[reading] = {kind: mean_sd(values) if len(values) else "" for kind, values in three.items()}
-        table[reading] |= {f"hybrid − {kind}": _difference(three["hybrid"] - three[kind]) for kind in RIVALS}
-    return pd.DataFrame.from_dict(table, orient="index")
+    patterns, table = ordered({pattern for _, pattern in seeds}), {}
+    for change in dict.fromkeys(change for change, _ in seeds):
+        own = {pattern: seeds[change, pattern] for pattern in patterns if (change, pattern) in seeds}
+        table[change] = {pattern: mean_sd(values) for pattern, values in own.items() if len(values)}
+        for rival in RIVALS if "hybrid" in own else ():
+            of_rival = own.get(rival, seeds.get((DEFAULT, rival), pd.Series(dtype=float)))
+            table[change][f"hybrid − {rival}"] = difference(own["hybrid"] - of_rival)
+    columns = [*patterns, *(f"hybrid − {rival}" for rival in RIVALS)]
+    return pd.DataFrame.from_dict(table, orient="index").reindex(columns=columns).astype(object).fillna("")
 
 
-def _difference(differences: pd.Series) -> str:
+def lifted_against(accuracy: pd.DataFrame, rivals: tuple[str, ...]) -> pd.DataFrame:
+    """``hybrid+`` minus each rival in points: mean over paired seeds, its 95 % interval, and what it says; texts."""
+    seeds = accuracy.pivot_table(index="seed", columns="pattern", values="accuracy_pct")
+    found = {f"hybrid+ − {rival}": difference(seeds["hybrid+"] - seeds[rival]) for rival in rivals if rival in seeds}
+    return pd.DataFrame.from_dict(found, orient="index", columns=["points"])
+
+
+def difference(differences: pd.Series) -> str:
     """``+1.20 [+0.40, +2.00] supported``; without an interval where there are fewer than two seeds."""
     differences = differences.dropna()
     if differences.empty:
@@ -47,23 +68,3 @@ def _difference(differences: pd.Series) -> str:
     return f"{mean:+.2f}" + (
         f" [{low:+.2f}, {high:+.2f}] {verdict(low, high)}" if len(differences) > 1 else " (one seed)"
     )
-
-
-def lifts(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracies by what lifts a pattern, mean ± SD over seeds as texts; a column per pattern."""
-    pruned = accuracy[accuracy["pattern"] != "dense"]
-    base = pruned["pattern"].map(lambda name: max((each for each in STYLE if name.startswith(each)), key=len))
-    lift = [name.removeprefix(each) for name, each in zip(pruned["pattern"], base, strict=True)]
-    names = {"": NO_LIFT, "+": ALL_LIFTS}
-    pruned = pruned.assign(base=base, lift=[names.get(each, label(each.removeprefix("-"))) for each in lift])
-    table = pruned.pivot_table(index="lift", columns="base", values="accuracy_pct", aggfunc=mean_sd, sort=False)
-    last = [ALL_LIFTS] if ALL_LIFTS in table.index else []
-    order = [NO_LIFT, *(each for each in table.index if each not in (NO_LIFT, ALL_LIFTS)), *last]
-    return table.loc[order, ordered(table.columns)].fillna("").rename_axis(index=None, columns=None)
-
-
-def lifted_against(accuracy: pd.DataFrame, rivals: tuple[str, ...]) -> pd.DataFrame:
-    """``hybrid+`` minus each rival in points: mean over paired seeds, its 95 % interval, and what it says; texts."""
-    seeds = accuracy.pivot_table(index="seed", columns="pattern", values="accuracy_pct")
-    found = {f"hybrid+ − {rival}": _difference(seeds["hybrid+"] - seeds[rival]) for rival in rivals if rival in seeds}
-    return pd.DataFrame.from_dict(found, orient="index", columns=["points"])
