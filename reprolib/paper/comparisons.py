@@ -15,7 +15,7 @@ RIVALS = ("block", "balanced")
 def changes(profile: Profile) -> dict[tuple[str, str], set[str]]:
     """Of each change and pattern the ids of the networks.
 
-    A profile names such networks ``change: pattern``. Those of the plain names, such as ``hybrid``, are the default that
+    A profile names such networks ``change: pattern``. Those of plain names, such as ``hybrid``, are the default that
     changes are compared with; ``hybrid+`` has all that lifts it.
     """
     found = {}
