@@ -282,15 +282,19 @@ def check_target(pattern: Pattern, target: float, masks: dict[str, Tensor]) -> N
 
 
 def _ratios(experiment: Pruned, pattern: Pattern, weights, model, dataset) -> str | dict[str, float]:
-    """How a pruner is told them; by sensitivity they are measured on the dense network."""
+    """How a pruner is told them; by sensitivity they are measured on the dense network.
+
+    Its batch norms get new statistics for each loss: with the old ones most sensitive is what moves them most.
+    """
     if experiment.ratios != "sensitivity":
         return experiment.ratios
-    return pruning.sensitivity_ratios(
-        weights,
-        pattern,
-        experiment.sparsity,
-        lambda: training.mean_loss(model, dataset, dataset.validation, experiment.dense.recipe.precision),
-    )
+    recipe, seed = experiment.dense.recipe, experiment.dense.seed
+
+    def loss() -> float:
+        renewed = training.with_renewed_statistics(model, dataset, recipe, seed)
+        return training.mean_loss(renewed, dataset, dataset.validation, recipe.precision)
+
+    return pruning.sensitivity_ratios(weights, pattern, experiment.sparsity, loss)
 
 
 def _lr_at(experiment: Pruned) -> Callable[[float], float]:

@@ -33,7 +33,7 @@ def changes(profile: Profile) -> dict[tuple[str, str], set[str]]:
 def changes_table(profile: Profile, rows: pd.DataFrame) -> pd.DataFrame:
     """Test accuracies under each change, and claims 1 and 2 under it; texts.
 
-    `rows` are those of ``accuracy.csv`` and ``ablations.csv``, of one data set and sparsity. Index: the change. Columns:
+    `rows` are those of ``accuracy.csv`` and ``ablations.csv``, of one data set and sparsity. Index: change. Columns:
     accuracy of each pattern (mean ± SD over seeds, in %), and hybrid minus block and balanced in points, mean over the
     seeds that both have, with its 95 % interval and what that says. A rival that the profile does not change counts as
     usual.

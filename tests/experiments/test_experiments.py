@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from reprolib import pruning, training
-from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, records, run
+from reprolib import models, pruning, training
+from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, records, run, running
 from reprolib.files import tensors
 from reprolib.patterns import Balanced, Block, parse
 from reprolib.training import Recipe, data
@@ -482,6 +482,16 @@ def test_lifts_do_what_they_say(tmp_path, monkeypatch):
     assert all(torch.equal(tensor, seen["model"][name]) for name, tensor in dense.state_dict().items())
     columns = ("distillation", "pruning_phase", "lr_factor", "permuted")
     assert [lifted["row"][key] for key in columns] == [0.9, 1 / 3, 2.0, True]
+
+
+def test_sensitivities_do_not_hang_on_statistics_of_the_dense_network(few_digits):
+    experiment, model = replace(HYBRID, ratios="sensitivity"), models.build("vgg16", 10, DENSE.width).eval()
+    given = parse(HYBRID.pattern), pruning.prunable(model), model, few_digits
+    ratios = running._ratios(experiment, *given)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(1e-6)
+    assert running._ratios(experiment, *given) == ratios != dict.fromkeys(ratios, HYBRID.sparsity)
 
 
 def test_networks_without_channels_are_narrower_and_load_again(tmp_path, few_digits):
