@@ -34,7 +34,7 @@ from reprolib.bench.rivals import (
     trained_contenders,
 )
 from reprolib.bench.timing import Contender, measure
-from reprolib.experiments import Dense, records
+from reprolib.experiments import Channels, Dense, records
 from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime
@@ -123,8 +123,8 @@ def benchmark(
 
     ``own``: the profile's networks, untrained; ``all``: also full-width VGG-16, its layers, and other numbers of
     threads; ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images instead;
-    ``trained``: the profile's trained networks of its first seed, and those without channels. What tells most comes
-    first; a line says of each contest what came out and what time is left.
+    ``trained``: the profile's trained networks of its first seed, at the sparsity nearest to 90 %, and those without
+    channels. What tells most comes first; a line says of each contest what came out and what time is left.
 
     The table appears in `output` when all of it is measured. Until then a file beside it, ending in ``.partial``, holds
     what is: asking for the same again, with the same code on the same machine, goes on from there.
@@ -291,10 +291,14 @@ def _conditions(dense: Dense, device: str) -> Iterator[Contest]:
 def _trained(profile: Profile, peers: Peers | None) -> Iterator[Contest]:
     """Raises FileNotFoundError where the networks are not trained here."""
     dense = profile.dense(profile.datasets[0], profile.seeds[0])
-    pruned = [e for e in profile.asked("methods") if e.sparsity == SHORT_SPARSITY]
-    smaller = tuple(e for e in (*pruned, *profile.without_channels()) if e.dense == dense)
+    sparsity = min(profile.sparsities, key=lambda each: abs(each - SHORT_SPARSITY))
+    smaller = tuple(
+        (name, e)
+        for e, name in profile.reported().items()
+        if not isinstance(e, Dense) and e.dense == dense and (isinstance(e, Channels) or e.sparsity == sparsity)
+    )
     runs = paths.runs(profile.name)
-    if not all(experiments.is_done(experiment, runs) for experiment in (dense, *smaller)):
+    if not all(experiments.is_done(experiment, runs) for experiment in (dense, *(e for _, e in smaller))):
         raise FileNotFoundError(
             f"networks of {profile.name} are not trained here: make reproduce PROFILE={profile.name}"
         )

@@ -71,7 +71,7 @@ def torchvision_contenders(
 
 
 def trained_contenders(
-    dense: Dense, smaller: tuple[Pruned | Channels, ...], runs: Path, batch: int, others: peers.Peers | None
+    dense: Dense, smaller: tuple[tuple[str, Pruned | Channels], ...], runs: Path, batch: int, others: peers.Peers | None
 ) -> list[Contender]:
     """Networks that were trained in the folder `runs`, on a CPU, each by all that a user would run it with.
 
@@ -220,14 +220,14 @@ def _with_pruned(dense: nn.Module, device: str, specs: Specs) -> list[Network]:
 
 @lru_cache(maxsize=1)
 def _trained_networks(
-    dense: Dense, smaller: tuple[Pruned | Channels, ...], runs: Path
+    dense: Dense, smaller: tuple[tuple[str, Pruned | Channels], ...], runs: Path
 ) -> tuple[list[Network], list[tuple[dict, nn.Module]]]:
     """Networks of `runs`: the dense one with the pruned ones behind it; and those without channels."""
     whole = experiments.load_model(dense, runs).cpu()
     networks, narrower = [Network({}, whole, sparse.sparsify(whole, dense=True))], []
-    for experiment in smaller:
+    for name, experiment in smaller:
         row = experiments.run(experiment, runs)["row"]
-        about = {key: row[key] for key in ("pattern", "spec", "target_sparsity", "sparsity")}
+        about = {"pattern": name} | {key: row[key] for key in ("spec", "target_sparsity", "sparsity")}
         model = experiments.load_model(experiment, runs).cpu()
         if isinstance(experiment, Channels):
             narrower.append((about, model))
