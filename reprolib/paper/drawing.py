@@ -98,13 +98,20 @@ def label(method: str) -> str:
 
 
 def style(method: str) -> tuple:
-    """Colour and marker of a method; methods of your own get spare ones, the same in every figure."""
-    return STYLE.get(method, (SPARE_COLORS[sum(method.encode()) % len(SPARE_COLORS)], "h"))
+    """Colour and marker of a method; ``hybrid+`` has the colour of hybrid and a star. Methods of your own get spare
+    colours, the same in every figure.
+    """
+    plain = method.removesuffix("+")
+    color, marker = STYLE.get(plain, (SPARE_COLORS[sum(plain.encode()) % len(SPARE_COLORS)], "h"))
+    return color, marker if plain == method else "*"
 
 
 def ordered(methods) -> list[str]:
-    known = [method for method in STYLE if method in set(methods)]
-    return known + sorted(set(methods) - set(STYLE) - {"dense"})
+    """Methods as figures and tables show them, without dense: those of `STYLE`, then others, each before its plus."""
+    places = {method: place for place, method in enumerate(STYLE)}
+    return sorted(
+        set(methods) - {"dense"}, key=lambda method: (places.get(method.removesuffix("+"), len(places)), method)
+    )
 
 
 def method_line(axis: plt.Axes, method: str, x, y, **bars) -> None:
@@ -114,7 +121,7 @@ def method_line(axis: plt.Axes, method: str, x, y, **bars) -> None:
         y,
         color=color,
         marker=marker,
-        markersize=6.5,
+        markersize=10 if marker == "*" else 6.5,
         markeredgecolor="white",
         linewidth=2.4 if method == "hybrid" else 1.5,
         linestyle="--" if method.startswith("random") else "-",

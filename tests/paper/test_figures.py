@@ -87,6 +87,14 @@ def test_accuracy_table_shows_mean_and_deviation(accuracy):
     assert table.loc["CIFAR-10, hybrid: Balanced(16) & Block(32, 32)", "90 %"] == "89.00 ± 1.41"
 
 
+def test_a_method_with_a_plus_stands_behind_its_own_and_has_its_colour():
+    names = ["mine+", "block+", "hybrid", "mine", "dense", "hybrid+", "block", "unstructured+"]
+    assert drawing.ordered(names) == ["unstructured+", "hybrid", "hybrid+", "block", "block+", "mine", "mine+"]
+    for name in ("hybrid", "mine"):
+        (color, marker), (lifted, star) = drawing.style(name), drawing.style(f"{name}+")
+        assert color == lifted and star == "*" != marker
+
+
 def test_unknown_methods_get_a_style_of_their_own(accuracy):
     accuracy.loc[accuracy["pattern"] == "block", "pattern"] = "spiral"
     labels = [container.get_label() for container in accuracy_figures.accuracy_vs_sparsity(accuracy).axes[0].containers]
