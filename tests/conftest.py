@@ -6,7 +6,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of notebooks and commands that tests
 
 from dataclasses import replace
 
-import nbformat
 import pytest
 import torch
 from hypothesis import settings
@@ -60,6 +59,7 @@ def small_net():
 @pytest.fixture(scope="session")
 def write_notebook():
     """Write a notebook with these code cells, the first of them tagged as its parameters; return its path."""
+    import nbformat  # here: tests of the CUDA kernels run on machines without it
 
     def write(path, *sources):
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

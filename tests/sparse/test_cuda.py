@@ -21,6 +21,7 @@ from reprolib.sparse import cuda
 from reprolib.sparse.cuda import assembler, backend, packing
 from reprolib.sparse.cuda.packing import Tile
 
+SHARED_BYTES = {(8, 0): 164 * 1024, (9, 0): 228 * 1024}  # of a multiprocessor, by compute capability (NVIDIA's guide)
 TOLERANCE = 1e-3  # relative error of fp16 results with fp32 sums, in the norm of the output
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -251,6 +252,30 @@ def test_few_blocks_are_cut_into_slices():
     assert backend.slices_for(blocks=2, steps=1, resident=132) == 1
 
 
+def test_blocks_on_a_multiprocessor_share_its_shared_memory():
+    tile = packing.tile_for(3, 32, 32, 32, 16)
+    assert (tile.warps, tile.shared_bytes) == (2, 37 * 1024)
+    assert [tile.resident(shared) for shared in SHARED_BYTES.values()] == [4, 6]  # its registers would do for 8
+    assert tile.resident(48 * 1024) == tile.resident(1024) == 1
+    assert packing.tile_for(3, 32, 32, 512, 32).resident(SHARED_BYTES[9, 0]) == 1  # eight warps of many registers
+
+
+def test_more_blocks_than_a_grid_takes_are_refused():
+    plan = cuda.plan(torch.ones(8, 16, 1, 1), torch.zeros(8), device="cpu")
+    arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
+    x = torch.empty(1, 16, 1, 1, 8, dtype=torch.float16).expand(1, 16, 1028, 1028, 8)
+    with pytest.raises(ValueError, match="8 images of 1028x1028 pixels are too many at once: run them in parts"):
+        backend.run(None, backend.Gpu(132, SHARED_BYTES[9, 0]), x, arrays, 8, 1, 32, False, False, 0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_kernels_get_activations_where_they_may_load_sixteen_bytes(start):
+    x = torch.arange(40.0).half()[start : start + 16]
+    assert backend.aligned(x).data_ptr() % 16 == 0
+    assert torch.equal(backend.aligned(x), x)
+    assert (backend.aligned(x) is x) == (start != 1)
+
+
 # --- The operator ----------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +302,13 @@ def test_without_a_gpu_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(RuntimeError, match=r"compute capability 7\.5, 8\.0 is needed"):
+        cuda.require()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cuda.require()
+    monkeypatch.setattr(backend, "_finds_compiler", lambda: False)
+    with pytest.raises(
+        RuntimeError, match=r"numba-cuda finds no NVVM.*set CUDA_HOME to the folder of the CUDA toolkit"
+    ):
         cuda.require()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="numba-cuda is not installed"):
@@ -309,7 +341,7 @@ def emulate(layer, x=None):
     sizes = plan.c_out, plan.taps, backend.ROWS[plan.variant], plan.relu, plan.pool, plan.halo_out
     x = layer.input() if x is None else x
     with poisoned():
-        y = backend.run(launch, layer.multiprocessors, x, arrays, *sizes)
+        y = backend.run(launch, backend.Gpu(layer.multiprocessors, SHARED_BYTES[9, 0]), x, arrays, *sizes)
     wanted = ["scalar"] if plan.variant == "v1" else ["tensor_core"]
     assert names == wanted + ["reduce"] * (layer.multiprocessors > 0)
     return y
@@ -365,6 +397,17 @@ def test_not_a_number_passes_through_relu_and_pool(variant, multiprocessors):
     got = cuda.from_layout(emulate(layer, cuda.to_layout(x, 1)), 2)
     assert got[1, :].isnan().all()
     assert not got[0, :].isnan().any()
+
+
+def test_infinity_becomes_not_a_number_only_where_the_dense_network_says_so():
+    """Columns that fill up a group are zeros, of channel 0: zero times infinity is not a number, there as here."""
+    layer = Layer((1, 20, 5, 6), 40, "v32", density=0.1, relu=False, halo_out=0)
+    x, weight, bias = layer.tensors
+    x = x.clone()
+    x[0, 0, 2, 2] = torch.inf
+    got = cuda.from_layout(emulate(layer, cuda.to_layout(x, 1)), 1).isfinite()
+    wanted = F.conv2d(x.double(), weight.half().double(), bias.double(), padding=1).isfinite()
+    assert not got.all() and (got | ~wanted).all()
 
 
 def test_emulation_catches_faults():
@@ -454,7 +497,7 @@ def test_tensor_core_kernels_spill_nothing(tile, arch):
     # The sums live in registers, so the inner loop stands there once, unrolled over pixels and row tiles.
     assert report.spill_bytes == report.local_bytes == report.count("LDL") == report.count("STL") == 0
     whole_registers = -(-report.registers // 8) * 8
-    assert whole_registers * 32 * tile.warps * tile.resident <= 65536
+    assert whole_registers * 32 * tile.warps * tile.resident(SHARED_BYTES[arch]) <= 65536
     assert report.count("HMMA.SP" if tile.two_of_four else "HMMA.16816") == tile.row_tiles * tile.pixels
     assert report.count("LDSM") == tile.pixels // (1 if tile.two_of_four else 2)
     assert report.count("LDGSTS") > 0

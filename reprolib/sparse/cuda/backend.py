@@ -18,6 +18,7 @@ import importlib.util
 import math
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ COSTS = {"v32": 1.0, "v16": 1.25, "2:4": 0.62}
 ROWS = {"v32": 32, "v16": 16, "2:4": 32, "v1": 1}
 SHORTEST_SLICE = 2  # steps; a slice costs a pass over its fp32 sums
 THREADS = 128  # per block, of the kernels without tensor cores
+LARGEST_GRID = 65_535  # blocks in y or z
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +155,7 @@ def conv(x: Tensor, plan: Plan) -> Tensor:
         raise ValueError(f"maps of {height}x{width} pixels are too small{' for a max-pool' * plan.pool}")
     arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
     sizes = plan.c_out, plan.taps, ROWS[plan.variant], plan.relu, plan.pool, plan.halo_out
-    return torch.ops.reprolib.sparse_conv(x.contiguous(), *arrays, *sizes)
+    return torch.ops.reprolib.sparse_conv(x, *arrays, *sizes)
 
 
 def warm_up(plan: Plan, n: int, height: int, width: int) -> None:
@@ -180,8 +182,9 @@ def _sparse_conv(
     halo_out: int,
 ) -> Tensor:
     arrays = weights, metadata, columns, schedule, bias
+    x = aligned(x)
     with torch.cuda.device(x.device):
-        return run(launch, _multiprocessors(x.device), x, arrays, c_out, taps, rows, relu, pool, halo_out)
+        return run(launch, _gpu(x.device), x, arrays, c_out, taps, rows, relu, pool, halo_out)
 
 
 @_sparse_conv.register_fake
@@ -200,6 +203,12 @@ def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, po
     return torch.from_numpy(packing.epilogue_spec(sums, bias.numpy(), relu, pool, halo_out))
 
 
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it, contiguous and where kernels may load 16 bytes at once: a view may begin anywhere."""
+    x = x.contiguous()
+    return x if x.data_ptr() % packing.ROW_BYTES == 0 else x.clone()
+
+
 def _shape_out(x: Tensor, c_out: int, taps: int, pool: bool, halo_out: int) -> tuple:
     height, width = ((size - taps // 2 * 2) // (1 + pool) + 2 * halo_out for size in x.shape[2:4])
     return x.shape[0], c_out, height, width, IMAGES
@@ -208,7 +217,14 @@ def _shape_out(x: Tensor, c_out: int, taps: int, pool: bool, halo_out: int) -> t
 # --- Launching -------------------------------------------------------------------------------------------------------
 
 
-def run(launch, multiprocessors: int, x: Tensor, arrays: tuple, c_out, taps, rows, relu, pool, halo_out) -> Tensor:
+class Gpu(NamedTuple):
+    """What decides how many CUDA blocks run at once: multiprocessors, and the shared memory of each."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+def run(launch, gpu: Gpu, x: Tensor, arrays: tuple, c_out, taps, rows, relu, pool, halo_out) -> Tensor:
     """Choose the kernels for a layer and a map size, and run them through `launch` (see there)."""
     weights, metadata, columns, schedule, bias = arrays
     y = x.new_empty(_shape_out(x, c_out, taps, pool, halo_out))
@@ -222,11 +238,13 @@ def run(launch, multiprocessors: int, x: Tensor, arrays: tuple, c_out, taps, row
     row_blocks, deep_patches = math.ceil(c_out / tile.block_rows), math.ceil(groups / tile.deep)
     patches = math.ceil(height / tile.tall) * math.ceil(width / tile.wide)
     blocks = row_blocks * patches * deep_patches
-    slices = slices_for(blocks, math.ceil(c_in / CHUNK), tile.resident * multiprocessors)
+    slices = slices_for(blocks, math.ceil(c_in / CHUNK), tile.resident(gpu.shared_bytes) * gpu.multiprocessors)
     parts = slices, blocks, tile.block_rows * tile.pixels * IMAGES
     sums = x.new_empty(parts, dtype=torch.float32) if slices > 1 else y
     sizes = c_in, height, width, c_out, groups, halo_out, slices
     grid = row_blocks, patches, deep_patches * slices
+    if max(grid[1:]) > LARGEST_GRID:
+        raise ValueError(f"{len(x) * IMAGES} images of {height}x{width} pixels are too many at once: run them in parts")
     launch("tensor_core", (tile,), grid, 32 * tile.warps, x, sums, *arrays, *sizes)
     if slices > 1:
         sizes = slices, blocks, row_blocks, groups, c_out, height, width, halo_out
@@ -247,9 +265,23 @@ def require() -> None:
         missing = "the package numba-cuda is not installed"
     elif (capability := torch.cuda.get_device_capability()) < (8, 0):
         missing = f"compute capability {'.'.join(map(str, capability))}, 8.0 is needed"
+    elif not _finds_compiler():
+        missing = (
+            "numba-cuda finds no NVVM, which compiles them; set CUDA_HOME to the folder of the CUDA toolkit, the one "
+            "that holds bin/nvcc"
+        )
     else:
         return
     raise RuntimeError(f"can't run the CUDA kernels: {missing}; use the CPU kernels: sparsify(model, device='cpu')")
+
+
+def _finds_compiler() -> bool:
+    from numba.cuda.cudadrv import nvvm
+
+    try:
+        return nvvm.is_available()
+    except Exception:  # whatever its loader raises where the library is missing
+        return False
 
 
 def launch(name: str, sizes: tuple, grid: tuple, threads: int, *arguments) -> None:
@@ -268,15 +300,19 @@ def _compiled(name: str, sizes: tuple, threads: int, device: int):
     All of them stay below 48 KB of shared memory. For more, a kernel needs the attribute
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, which Numba has no name for; this would be the place to set it.
     """
+    import numba
     from numba import cuda, void
 
     from reprolib.sparse.cuda.kernels import KERNELS
 
     make, signature = KERNELS[name]
     print("compiling a CUDA kernel: about two seconds, once for each layer size", file=sys.stderr)
-    return cuda.jit(void(*signature), launch_bounds=threads)(make(*sizes))
+    numba.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # small layers have few blocks
+    # Without link-time optimisation: what runs is then what `assembler.assemble` looks at.
+    return cuda.jit(void(*signature), launch_bounds=threads, lto=False)(make(*sizes))
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_multiprocessor)

@@ -32,6 +32,7 @@ CHUNK = 16  # channels a step
 SLOTS, LOOK_AHEAD = 4, 2  # chunks in shared memory: the last step's, this step's, and two on their way
 TAP_PITCH = 6  # rows between vertical neighbours of a patch in shared memory
 BANKS = 8  # of 16 bytes
+RESERVED_BYTES = 1024  # of shared memory, for each block
 # A column's code: its age in steps (0 or 1), channel in the chunk, and row of its tap in the patch (at most 14).
 TAP_BITS = 4
 AGE_BIT = TAP_BITS + CHUNK.bit_length() - 1
@@ -74,10 +75,14 @@ class Tile:
         """Output pixels per warp, each of `IMAGES` images."""
         return self.tall * self.wide * self.deep
 
-    @property
-    def resident(self) -> int:
-        """CUDA blocks that a multiprocessor runs at once: its registers hold 8 warps of 128 sums a thread, 16 of 64."""
-        return (8 if self.row_tiles * self.pixels > 16 else 16) // self.warps
+    def resident(self, shared_bytes: int) -> int:
+        """CUDA blocks that a multiprocessor with `shared_bytes` of shared memory runs at once.
+
+        Its registers hold 8 warps of 128 sums a thread, 16 of 64. Each block takes a little more shared memory than
+        its own (CUDA C++ Programming Guide, on compute capability 8.0 and later).
+        """
+        by_registers = (8 if self.row_tiles * self.pixels > 16 else 16) // self.warps
+        return max(1, min(by_registers, shared_bytes // (self.shared_bytes + RESERVED_BYTES)))
 
     @property
     def pitch(self) -> int:

@@ -25,8 +25,9 @@ def _instruction(text: str, *takes: types.Type, gives: tuple[types.Type, ...] = 
     """An intrinsic that emits `text`: ``$0, $1 ...`` are its results, then its arguments.
 
     A `pure` instruction depends on its arguments alone, so the compiler may move or merge it; any other one is taken
-    to touch memory and stays where it is.
+    to touch memory and stays where it is. What a whole warp does together (``.sync``) is never moved into a branch.
     """
+    attributes = ("convergent",) if ".sync" in text else ()
     if len(gives) > 1:
         returns, native = types.UniTuple(gives[0], len(gives)), ir.LiteralStructType([_LLVM[t] for t in gives])
     elif gives:
@@ -39,7 +40,8 @@ def _instruction(text: str, *takes: types.Type, gives: tuple[types.Type, ...] = 
         pairs = zip(arguments, signature.args, takes, strict=True)
         arguments = [context.cast(builder, value, given, wanted) for value, given, wanted in pairs]
         function = ir.FunctionType(native, [_LLVM[t] for t in takes])
-        result = builder.call(ir.InlineAsm(function, text, ",".join(places), side_effect=not pure), arguments)
+        code = ir.InlineAsm(function, text, ",".join(places), side_effect=not pure)
+        result = builder.call(code, arguments, attrs=attributes)
         if len(gives) > 1:
             values = [builder.extract_value(result, i) for i in range(len(gives))]
             return context.make_tuple(builder, signature.return_type, values)
