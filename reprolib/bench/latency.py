@@ -41,7 +41,7 @@ from reprolib.files.deadline import OutOfTime
 from reprolib.sparse import cuda
 from reprolib.training import data
 
-BATCHES = {"cpu": (1, 16, 64), "cuda": (1, 128, 1024)}
+BATCHES = {"cpu": (1, 16, 64), "cuda": (128, 1, 1024)}  # the most telling first
 SEEDS = 5  # networks per pattern and sparsity: the intervals of claim 4 are over them
 CIFAR_SIDE = 32  # pixels
 CONTEST = ["scope", "name", "batch", "seed"]  # what is measured together

@@ -322,9 +322,20 @@ def _dense_contenders(model: nn.Module, images: list[Tensor], device: str) -> It
     torch.backends.cudnn.benchmark = True
     yield Contender("cuDNN, channels last", "fp16", run(model, torch.float16, last))
     half = copy.deepcopy(model).to(device, torch.float16, memory_format=last)
-    compiled = torch.compile(half, mode="max-autotune-no-cudagraphs")
+    compiled = compiled_for_one_size(half, mode="max-autotune-no-cudagraphs")
     inputs = [x.to(device, torch.float16, memory_format=last) for x in images]
     yield Contender("torch.compile, max-autotune", "fp16", rotating(compiled, inputs, device))
+
+
+def compiled_for_one_size(model: nn.Module, **options) -> nn.Module:
+    """The model, compiled anew for the images that it gets first, whatever was compiled before.
+
+    A rival that is not compiled is an error: without this, torch compiles a second batch for any size, and from the
+    ninth on runs models without compiling them, and says nothing.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(model, dynamic=False, fullgraph=True, **options)
 
 
 def _sparse_contender(model: nn.Module, images: list[Tensor], device: str, **about) -> Contender:
@@ -368,19 +379,19 @@ def _cuda_core_contender(conv: nn.Conv2d, images: list[Tensor], **about) -> Cont
 def _gemm_peers(conv: nn.Conv2d, images: list[Tensor], **about) -> Iterator[Contender]:
     """PyTorch's own sparse products for the same masked weight: the product alone, and with the unfolding it needs.
 
-    Each has one sparsity: 2:4 its own, BSR the one of `PEER_SPARSITY`, for it is tuned for every shape first.
+    Each has one sparsity: 2:4 its own, BSR the one of `PEER_SPARSITY`, for it is tuned first, for this very matrix.
     """
     from torch.sparse import _triton_ops, _triton_ops_meta, to_sparse_semi_structured
 
     weight = gemm_view(conv.weight).half().cuda()
-    rows, columns = weight.shape
-    pixels = images[0].shape[0] * images[0].shape[2] * images[0].shape[3]
+    inputs = [x.half().cuda() for x in images]
+    unfolded = [unfolded_columns(x) for x in inputs]
     if about["pattern"] == "block" and about["target_sparsity"] == PEER_SPARSITY:
-        bsr, out = weight.to_sparse_bsr((32, 32)), weight.new_zeros(rows, pixels)
-        _triton_ops_meta.optimize_bsr_dense_addmm(rows, columns, pixels, 32, 32, beta=0, sparsity=PEER_SPARSITY)
+        bsr, out = weight.to_sparse_bsr((32, 32)), weight.new_zeros(len(weight), unfolded[0].shape[1])
+        meta = _triton_ops_meta.tune_bsr_dense_addmm(out, bsr, unfolded[0], beta=0)
 
         def product(x: Tensor) -> Tensor:
-            return _triton_ops.bsr_dense_addmm(out, bsr, x, beta=0).relu_()
+            return _triton_ops.bsr_dense_addmm(out, bsr, x, beta=0, meta=meta).relu_()
 
         name = "torch BSR"
     elif about["pattern"] == "two-four-block" and about["target_sparsity"] == 0.5:
@@ -392,14 +403,18 @@ def _gemm_peers(conv: nn.Conv2d, images: list[Tensor], **about) -> Iterator[Cont
         name = "torch 2:4"
     else:
         return
-    inputs = [x.half().cuda() for x in images]
-    unfolded = [unfolded_columns(x) for x in inputs]
     yield Contender(f"{name}, product only", "fp16", rotating(product, unfolded, "cuda"), **about)
     whole = rotating(lambda x: product(unfolded_columns(x)), inputs, "cuda")
     yield Contender(f"{name}, with unfold", "fp16", whole, **about)
 
 
 def unfolded_columns(x: Tensor) -> Tensor:
-    """What the GEMM view of a 3x3 weight multiplies: ``[N, C, H, W]`` as ``[9 C, N H W]``, rows by (tap, channel)."""
+    """What the GEMM view of a 3x3 weight multiplies: ``[N, C, H, W]`` as ``[9 C, N H W]``, rows by (tap, channel).
+
+    One copy of a view: torch's own unfold launches a kernel for each image on a GPU.
+    """
     n, c, h, w = x.shape
-    return F.unfold(x, 3, padding=1).reshape(n, c, 9, h * w).permute(2, 1, 0, 3).reshape(9 * c, n * h * w)
+    padded = F.pad(x, (1, 1, 1, 1)).contiguous()
+    image, channel, row, pixel = padded.stride()
+    taps = padded.as_strided((3, 3, c, n, h, w), (row, pixel, channel, image, row, pixel))
+    return taps.reshape(9 * c, n * h * w)

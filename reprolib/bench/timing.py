@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from reprolib.bench import engine
 
 ROUNDS = 9
+HOLD_CYCLES = 200_000  # of a GPU, about 0.1 ms
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,23 @@ def rotating(function: Callable[[Tensor], object], inputs: list[Tensor], device:
     graphs = []
     for x in inputs:
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())  # which makes x
         with torch.cuda.stream(side):  # warm-up outside the capture: compilation, autotuning, cuDNN's search
             for _ in range(3):
                 function(x)
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=_pool()):
             function(x)
         graphs.append((graph, x))  # the graph reads x: keep it
     turns = itertools.cycle(graphs)
     return lambda: next(turns)[0].replay()
+
+
+@cache
+def _pool() -> tuple[int, int]:
+    """The memory that all graphs share: they run one after the other, and nobody reads what one has left."""
+    return torch.cuda.graph_pool_handle()
 
 
 def _time_us(contender: Contender, device: str) -> float:
@@ -66,6 +75,8 @@ def _time_us(contender: Contender, device: str) -> float:
         return us
     call()
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # The GPU waits until all that follows is asked for: else, of a short call, the time between two launches counts.
+    torch.cuda._sleep(HOLD_CYCLES)
     before.record()
     call()
     after.record()

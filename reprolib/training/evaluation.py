@@ -10,7 +10,7 @@ from torch import nn
 
 from reprolib.models import is_finite, mode
 from reprolib.training.data import Dataset, Split, normalised
-from reprolib.training.precision import autocast
+from reprolib.training.precision import autocast, exact_convolutions
 
 EVALUATION_PIXELS = {"cpu": 500 * 32**2, "cuda": 2500 * 32**2}  # of a batch
 
@@ -33,7 +33,7 @@ def _mean_over(split: Split, model: nn.Module, dataset: Dataset, precision: str,
     where = split.labels.device
     total, finite = torch.zeros((), device=where), torch.ones((), dtype=torch.bool, device=where)
     batch = max(1, EVALUATION_PIXELS[where.type] // dataset.image_size**2)
-    with mode(model, training=False):
+    with mode(model, training=False), exact_convolutions():
         for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
             with autocast(precision, where.type):
                 logits = model(normalised(images, dataset)).float()

@@ -22,7 +22,7 @@ from reprolib.training import checkpoints
 from reprolib.training.checkpoints import Position, State
 from reprolib.training.data import Dataset, augmented, draw_augmentations, normalised
 from reprolib.training.evaluation import accuracy_pct
-from reprolib.training.precision import autocast
+from reprolib.training.precision import autocast, exact_convolutions
 from reprolib.training.recipes import Recipe, dense_lr
 
 CHECKPOINT_EVERY_S = 120
@@ -87,7 +87,7 @@ def fit(
     curve, resumed = list(start.curve), time.monotonic()
     saved = resumed
     modes = nullcontext() if model.training else mode(model, training=True)
-    with _bar(label, recipe, steps, start) as bar, modes, torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with _bar(label, recipe, steps, start) as bar, modes, exact_convolutions():
         for epoch in range(start.epoch, recipe.epochs):
             drawn_from = state.generator.get_state()  # resumed within this epoch, its draws are made again
             draws = _draw_epoch(dataset, steps, recipe.batch_size, state.generator).to(where)

@@ -1,5 +1,6 @@
 """Number types of training: what a recipe may ask for, and what it comes to on a device."""
 
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -18,6 +19,11 @@ def usable(precision: str, device_type: str) -> str:
 def autocast(precision: str, device_type: str) -> torch.autocast:
     """The autocast context of a recipe's `precision`."""
     return torch.autocast(device_type, torch.bfloat16, enabled=usable(precision, device_type) == "bf16")
+
+
+def exact_convolutions() -> AbstractContextManager:
+    """A context in which a GPU's convolutions of fp32 are fp32, not TF32, and the fastest algorithm is searched."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 
 
 @cache

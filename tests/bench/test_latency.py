@@ -381,6 +381,30 @@ def test_measuring_leaves_the_global_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_rivals_are_compiled_for_each_size_of_images():
+    """Eleven in a row: torch would take the second for any size, and give up compiling behind the eighth."""
+    sizes = []
+
+    def backend(module, inputs):
+        sizes.extend(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (3, 5, 5))
+        return module
+
+    for count in range(2, 13):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, count, 3)).eval()
+        rivals.compiled_for_one_size(model, backend=backend)(torch.zeros(count, 3, 5, 5))
+    assert sizes == list(range(2, 13)) and all(type(size) is int for size in sizes)
+
+
+def test_a_rival_that_is_compiled_in_part_only_is_an_error():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        rivals.compiled_for_one_size(Broken(), backend="eager")(torch.zeros(2))
+
+
 def test_unfolding_fits_the_gemm_view():
     x, weight = torch.randn(2, 3, 5, 4, dtype=torch.double), torch.randn(6, 3, 3, 3, dtype=torch.double)
     product = gemm_view(weight) @ rivals.unfolded_columns(x)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from reprolib.training import precision
+from reprolib import training
+from reprolib.training import Recipe, precision
 from reprolib.training.precision import autocast, usable
 
 
@@ -39,3 +40,16 @@ def test_gpu_that_would_emulate_bf16_trains_in_fp32(monkeypatch, processor):
     processor(True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert usable("bf16", "cuda") == "fp32"
+
+
+def test_fp32_is_no_tf32_while_it_trains_and_is_evaluated(few_digits, small_net, monkeypatch):
+    """Convolutions of a GPU are TF32 unless told otherwise."""
+    seen = []
+    conv2d = torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv2d", lambda *a: seen.append(torch.backends.cudnn.allow_tf32) or conv2d(*a)
+    )
+    model, before = small_net(), torch.backends.cudnn.allow_tf32
+    training.fit(model, few_digits, Recipe(epochs=1, batch_size=32, lr=0.01), seed=0)
+    training.accuracy_pct(model, few_digits, few_digits.test)
+    assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 == before

@@ -204,7 +204,7 @@ def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, po
 
 
 def aligned(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it: contiguous, and where kernels may load 16 bytes at once. A view may begin anywhere."""
+    """The tensor or a copy: contiguous, and where kernels may load 16 bytes at once. A view may begin anywhere."""
     x = x.contiguous()
     return x if x.data_ptr() % packing.ROW_BYTES == 0 else x.clone()
 
