@@ -49,6 +49,12 @@ def test_tables_of_engines_hold_the_committed_latencies(page, fewest):
     check_lines(page, r"\| (?:dense \w+|[\w:& -]+, 90 %): ", peer_figures.peer_table(rows), fewest)
 
 
+def test_networks_for_a_budget_are_those_of_the_committed_tables():
+    accuracy, latency = (records.read_csv(LAPTOP / name) for name in ("accuracy.csv", "latency.csv"))
+    budgets_us = {1: [310, 300], 64: [8000, 4000, 2000, 1500, 1000]}
+    check_lines("README.md", r"\| \d+ images?, ", speed_figures.budget_table(latency, accuracy, budgets_us), 7)
+
+
 def test_table_of_speeds_holds_the_committed_latencies():
     table = speed_figures.latency_table(analysis.networks(records.read_csv(LAPTOP / "latency.csv")))
     check_lines("speed.md", r"\| batch \d+, ", table, 10)

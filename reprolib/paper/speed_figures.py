@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from reprolib.paper import analysis
 from reprolib.paper.drawing import data_title, label, method_line, nothing, ordered, sparsity_axis, style
 
 DENSE = "#333333"
@@ -122,6 +123,27 @@ def latency_table(networks: pd.DataFrame) -> pd.DataFrame:
     for (name, sparsity), row in texts.items():
         table.loc[name, sparsity] = f"{duration(row['latency_us'])} ({row['speedup']:.2f}×)"
     return table.rename(columns=lambda sparsity: f"{100 * sparsity:g} %")
+
+
+def budget_table(latency: pd.DataFrame, accuracy: pd.DataFrame, budgets_us: dict[int, list[float]]) -> pd.DataFrame:
+    """Which network for which budget, by `analysis.recommend`: for each batch the most accurate one in so many µs.
+
+    Texts, a row per batch and budget. Columns: the network, its measured latency, and its test accuracy in percent
+    (mean ± SD over seeds).
+    """
+    table = {}
+    for batch, budgets in budgets_us.items():
+        for budget_us in budgets:
+            best = analysis.recommend(latency, accuracy, batch, budget_us)
+            pruned = f"{label(best['pattern'])}, {100 * best['target_sparsity']:g} %"
+            deviation = "" if np.isnan(best["accuracy_sd"]) else f" ± {best['accuracy_sd']:.2f}"
+            table[f"{batch} image{'s' * (batch > 1)}, {duration(budget_us)}"] = {
+                "the most accurate network": "dense" if best["pattern"] == "dense" else pruned,
+                "number type": best["dtype"],
+                "takes": duration(best["latency_us"]),
+                "right, %": f"{best['accuracy_pct']:.2f}{deviation}",
+            }
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("at most")
 
 
 def condition_table(latency: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reprolib.paper import analysis
+from reprolib.paper import analysis, speed_figures
 
 
 def measured(implementation="sparse kernels", latency_us=100.0, **other) -> dict:
@@ -150,3 +150,12 @@ def test_ceilings_from_their_times():
     rows += [measured("copy", 2 * 4 * 2**25 / 2e4, scope="ceiling"), measured()]  # 268 MB at 20 GB/s
     assert analysis.ceilings(pd.DataFrame(rows)) == pytest.approx((100, 20))
     assert analysis.ceilings(pd.DataFrame([measured()])) is None
+
+
+def test_networks_for_budgets_stand_in_one_table(tables):
+    table = speed_figures.budget_table(*tables, {16: [60, 150, 1000]})
+    assert table.T.to_dict("list") == {
+        "16 images, 60.0 µs": ["block, 90 %", "fp32", "50.0 µs", "80.00"],
+        "16 images, 150 µs": ["dense", "bf16", "120 µs", "90.00"],
+        "16 images, 1.00 ms": ["dense", "bf16", "120 µs", "90.00"],
+    }
