@@ -15,8 +15,9 @@ from reprolib.experiments.running import (
     is_done,
     load_model,
     run,
+    take_over,
     untrained,
 )
 
 __all__ = ["CHECKPOINT", "Channels", "Dense", "Pruned"]
-__all__ += ["check_target", "epochs", "epochs_done", "is_done", "load_model", "run", "untrained"]
+__all__ += ["check_target", "epochs", "epochs_done", "is_done", "load_model", "run", "take_over", "untrained"]

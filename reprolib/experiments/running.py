@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from reprolib import models, pruning, training
 from reprolib.experiments import records
 from reprolib.experiments.definitions import Channels, Dense, Pruned
 from reprolib.files import tensors
+from reprolib.files.atomic import write_atomically
 from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
 from reprolib.training import data, precision
 
@@ -71,6 +72,16 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
 
 def is_done(experiment: Dense | Pruned | Channels, folder: Path) -> bool:
     return (folder / experiment.run_id / "record.json").exists()
+
+
+def take_over(experiment: Dense | Pruned | Channels, folder: Path, others: Iterable[Path]) -> bool:
+    """Copy the experiment's finished network into `folder` from the first of the `others` that has it, if one has."""
+    source = next((other for other in others if is_done(experiment, other)), None)
+    if source is None:
+        return False
+    for name in ("weights.safetensors", "record.json"):  # the record last: with it, the network is done
+        write_atomically(folder / experiment.run_id / name, (source / experiment.run_id / name).read_bytes())
+    return True
 
 
 def epochs(experiment: Dense | Pruned | Channels) -> int:

@@ -49,9 +49,10 @@ DRAWING = {
 def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
     """Compute everything that is missing of a profile, what tells most first, and draw what there is.
 
-    The data sets that are needed come first. With a budget, training stops in time, to go on when asked again, and
-    latencies are not measured. Raises ValueError or OSError, before anything is done, where data can't be had;
-    RuntimeError, behind everything else, for networks that could not be trained.
+    Networks that another profile has trained are taken over. The data sets that are needed come first. With a budget,
+    training stops in time, to go on when asked again, and latencies are not measured. Raises ValueError or OSError,
+    before anything is done, where data can't be had; RuntimeError, behind everything else, for networks that could not
+    be trained.
     """
     if budget_s <= FIGURES_S:
         raise ValueError(f"a budget of {budget_s:g} s is too short: tables and figures alone may take {FIGURES_S:g} s")
@@ -59,6 +60,10 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
     print(f"{profile.name}: {profile.purpose}; {cores} cores")
     folder, runs, plan = paths.results(profile.name), paths.runs(profile.name), profile.plan()
     missing = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
+    others = sorted(paths.home().glob("results/*/runs"))
+    if taken := [experiment for experiment in missing if experiments.take_over(experiment, runs, others)]:
+        print(f"{len(taken)} of {len(plan)} networks are there already, from other profiles")
+        missing = [experiment for experiment in missing if experiment not in taken]
     for dataset in dict.fromkeys((e if isinstance(e, Dense) else e.dense).dataset for e in missing):
         data.fetch(dataset)
     with ExitStack() as stack:

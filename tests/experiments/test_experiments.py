@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reprolib import models, pruning, training
-from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, records, run, running
+from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, records, run, running, take_over
 from reprolib.files import tensors
 from reprolib.patterns import Balanced, Block, parse
 from reprolib.training import Recipe, data
@@ -482,6 +482,17 @@ def test_lifts_do_what_they_say(tmp_path, monkeypatch):
     assert all(torch.equal(tensor, seen["model"][name]) for name, tensor in dense.state_dict().items())
     columns = ("distillation", "pruning_phase", "lr_factor", "permuted")
     assert [lifted["row"][key] for key in columns] == [0.9, 1 / 3, 2.0, True]
+
+
+def test_a_network_that_another_folder_has_is_taken_over(tmp_path, monkeypatch):
+    here, empty, there = (tmp_path / name for name in ("here", "empty", "there"))
+    assert not take_over(DENSE, here, [empty, there])
+    record = run(DENSE, there)
+    assert take_over(DENSE, here, [empty, there])
+    monkeypatch.setattr(running, "_run_dense", None)  # it is not trained again
+    assert run(DENSE, here) == record
+    weights = [load_model(DENSE, folder).state_dict() for folder in (here, there)]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
 
 
 def test_sensitivities_do_not_hang_on_statistics_of_the_dense_network(few_digits):

@@ -339,6 +339,23 @@ def test_tables_hold_what_has_a_record_and_keep_earlier_rows(tmp_path, monkeypat
     assert not paths.ablations_csv(profile.name).exists()
 
 
+def test_networks_of_other_profiles_are_not_trained_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    profile, trained = profiles.load("quick-dry-run"), []
+    dense, *rest = profile.plan()
+    experiments.run(dense, paths.runs("another"))
+
+    def train(plan, runs, **_):
+        trained.extend(experiment for experiment in plan if not experiments.is_done(experiment, runs))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(graph.workers, "train", train)
+    with pytest.raises(RuntimeError, match="enough"):
+        graph.reproduce(profile, 2)
+    assert trained == rest
+    assert f"1 of {len(rest) + 1} networks are there already, from other profiles" in capsys.readouterr().out
+
+
 def test_only_what_the_tables_allow_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
     asked = []
