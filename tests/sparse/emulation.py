@@ -118,9 +118,16 @@ class _Thread:
     def load_shared_x4(self, address):
         return struct.unpack("<4I", self.block.shared.at(address, 16))
 
+    def store_shared_f32_x4(self, address, *values):
+        self.block.shared.at(address, 16)[:] = struct.pack("<4f", *values)
+
+    def load_shared_f32_x4(self, address):
+        return struct.unpack("<4f", self.block.shared.at(address, 16))
+
 
 # What the kernel calls and each thread answers for itself.
 OWN = ("cuda", "copy_async", "commit_copies", "wait_all_but_newest", "store_shared", "load_shared_x4")
+OWN += ("store_shared_f32_x4", "load_shared_f32_x4")
 
 
 class _Block:

@@ -3,6 +3,7 @@
 Where there is a GPU, the last section runs them on it.
 """
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 from reprolib.patterns import parse
 from reprolib.sparse import cuda
-from reprolib.sparse.cuda import assembler, backend, packing
+from reprolib.sparse.cuda import assembler, backend, packing, tuning
 from reprolib.sparse.cuda.packing import Tile
+from reprolib.sparse.cuda.tuning import Choice
 
 SHARED_BYTES = {(8, 0): 164 * 1024, (9, 0): 228 * 1024}  # of a multiprocessor, by compute capability (NVIDIA's guide)
 TOLERANCE = 1e-3  # relative error of fp16 results with fp32 sums, in the norm of the output
@@ -38,7 +40,7 @@ class Layer:
     relu: bool = True
     pool: bool = False
     halo_out: int = 1
-    multiprocessors: int = 0  # in emulation; more of them: more slices
+    choice: Choice | None = None  # in emulation; by default one slice of the largest blocks
     seed: int = 0
 
     @functools.cached_property
@@ -143,28 +145,36 @@ def test_packed_weights_specify_the_convolution(variant, data):
 def test_slices_add_up(slices):
     layer = Layer((8, 100, 3, 3), 40, "v16", density=0.05)
     plan, x = layer.plan(), layer.input().numpy()
-    packed = packing.Packed(*(t.numpy() for t in (plan.weights, plan.metadata, plan.columns, plan.schedule)))
     warps = packing.warps_for(40, 16)
+    packed = packing.Packed(*(t.numpy() for t in plan.packed(warps, 1)[0]))
     parts = [packing.tensor_core_spec(x, packed, 3, 40, warps, piece, slices) for piece in range(slices)]
     whole = packing.tensor_core_spec(x, packed, 3, 40, warps)
     np.testing.assert_allclose(sum(parts), whole, atol=1e-4)
     assert sum(np.any(part) for part in parts) > 1
 
 
-def test_a_dense_layer_is_packed_without_padding():
+def arrays_of(plan, splits=1):
+    """Weights, metadata and columns as kernels read them, in blocks as large as they get."""
+    return plan.packed(packing.warps_for(plan.c_out, plan.rows), splits)[0][:3]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_a_dense_layer_is_packed_without_padding(splits):
     plan = cuda.plan(torch.ones(64, 64, 3, 3), torch.zeros(64), device="cpu", variant="v32")
+    weights, _, columns = arrays_of(plan, splits)
     groups = 2 * 64 * 9 // 16
-    assert plan.columns.shape == (groups + 1, 16)
-    assert plan.weights.numel() == (groups + 1) * 32 * 16
-    assert (plan.weights[:-1] == 1).all() and (plan.weights[-1] == 0).all()
+    assert columns.shape == (groups + 1, 16)
+    assert weights.numel() == (groups + 1) * 32 * 16
+    assert (weights[:-1] == 1).all() and (weights[-1] == 0).all()
 
 
 def test_two_of_four_stores_half_of_a_dense_layer():
     weight = torch.ones(64, 64, 3, 3) * torch.tensor([0, 1, 0, 1] * 16)[:, None, None]
     plan = cuda.plan(weight, torch.zeros(64), device="cpu", variant="2:4")
-    assert (plan.weights[:-1] == 1).all()
-    assert plan.weights[:-1].numel() == weight.numel() // 2
-    assert (plan.metadata[:-1] == int("1101" * 8, 2) - (1 << 32)).all()  # places 1 and 3, eight times
+    weights, metadata, _ = arrays_of(plan)
+    assert (weights[:-1] == 1).all()
+    assert weights[:-1].numel() == weight.numel() // 2
+    assert (metadata[:-1] == int("1101" * 8, 2) - (1 << 32)).all()  # places 1 and 3, eight times
 
 
 def test_groups_are_full_although_chunks_are_not():
@@ -173,12 +183,12 @@ def test_groups_are_full_although_chunks_are_not():
     weight[:, ::16, 0, :] = 1
     weight[:, 1::16, 1, :2] = 1
     plan = cuda.plan(weight, torch.zeros(32), device="cpu", variant="v32")
-    assert plan.columns.shape[0] - 1 == 4  # a group spans two chunks at most: 10 columns, four times
+    assert arrays_of(plan)[2].shape[0] - 1 == 4  # a group spans two chunks at most: 10 columns, four times
 
 
 def banks(plan):
     """Shared-memory banks of the eight columns of each phase, as the 4x4 tile places them."""
-    tile, codes = Tile(3, 4, 4, 1, 2, 2), plan.columns[:-1].numpy().astype(int)
+    tile, codes = Tile(3, 4, 4, 1, 2, 2), arrays_of(plan)[2][:-1].numpy().astype(int)
     channel, row = codes >> packing.TAP_BITS & packing.CHUNK - 1, codes & (1 << packing.TAP_BITS) - 1
     return ((channel * tile.channel_bytes // 16 + row) % 8).reshape(-1, 8)
 
@@ -200,7 +210,7 @@ def test_random_columns_share_banks_as_evenly_as_they_can():
 
 
 def test_all_tiles_have_the_same_banks():
-    tiles = [packing.tile_for(taps, size, size, 64, 32) for taps in (1, 3) for size in (1, 2, 4, 8, 16, 32)]
+    tiles = [packing.tile_for(taps, size, size, 32, 2, 1) for taps in (1, 3) for size in (1, 2, 4, 8, 16, 32)]
     assert {tile.channel_bytes // 16 % 8 for tile in tiles} == {5}
     assert max(tile.shared_bytes for tile in tiles) <= 48 * 1024
 
@@ -245,27 +255,21 @@ def test_misfitting_activations_are_refused():
         cuda.conv(cuda.to_layout(torch.ones(1, 16, 1, 4), 1), plan)
 
 
-def test_few_blocks_are_cut_into_slices():
-    assert backend.slices_for(blocks=100, steps=32, resident=132) == 1
-    assert backend.slices_for(blocks=32, steps=32, resident=132) == 4
-    assert backend.slices_for(blocks=2, steps=32, resident=132) == 16  # of 2 steps
-    assert backend.slices_for(blocks=2, steps=1, resident=132) == 1
-
-
 def test_blocks_on_a_multiprocessor_share_its_shared_memory():
-    tile = packing.tile_for(3, 32, 32, 32, 16)
+    tile = packing.tile_for(3, 32, 32, 16, 2, 1)
     assert (tile.warps, tile.shared_bytes) == (2, 37 * 1024)
     assert [tile.resident(shared) for shared in SHARED_BYTES.values()] == [4, 6]  # its registers would do for 8
     assert tile.resident(48 * 1024) == tile.resident(1024) == 1
-    assert packing.tile_for(3, 32, 32, 512, 32).resident(SHARED_BYTES[9, 0]) == 1  # eight warps of many registers
+    assert packing.tile_for(3, 32, 32, 32, 8, 1).resident(SHARED_BYTES[9, 0]) == 1  # eight warps of many registers
+    assert packing.tile_for(3, 32, 32, 32, 2, 4).resident(SHARED_BYTES[9, 0]) == 1
 
 
 def test_more_blocks_than_a_grid_takes_are_refused():
     plan = cuda.plan(torch.ones(8, 16, 1, 1), torch.zeros(8), device="cpu")
-    arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
+    arrays = *plan.packed(2, 1)[0], plan.bias
     x = torch.empty(1, 16, 1, 1, 8, dtype=torch.float16).expand(1, 16, 1028, 1028, 8)
     with pytest.raises(ValueError, match="8 images of 1028x1028 pixels are too many at once: run them in parts"):
-        backend.run(None, backend.Gpu(132, SHARED_BYTES[9, 0]), x, arrays, 8, 1, 32, False, False, 0)
+        backend.run(None, x, arrays, 8, 1, 32, False, False, 0, Choice(2, 1, 1))
 
 
 @pytest.mark.parametrize("start", [0, 1, 8])
@@ -281,8 +285,9 @@ def test_kernels_get_activations_where_they_may_load_sixteen_bytes(start):
 
 def opcheck(layer, device):
     plan = layer.plan(device)
-    arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
-    sizes = plan.c_out, plan.taps, backend.ROWS[plan.variant], plan.relu, plan.pool, plan.halo_out
+    choice = backend.SINGLE if plan.variant == "v1" else Choice(2, 2, 1)
+    arrays = *plan.packed(*choice[:2])[0], plan.bias
+    sizes = plan.c_out, plan.taps, plan.rows, plan.relu, plan.pool, plan.halo_out, *choice
     checks = "test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"
     torch.library.opcheck(
         torch.ops.reprolib.sparse_conv.default, (layer.input(device), *arrays, *sizes), test_utils=checks
@@ -335,13 +340,14 @@ def emulate(layer, x=None):
         emulation.launch(KERNELS[name][0](*sizes), grid, threads, *arguments)
 
     plan = layer.plan()
-    arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
-    sizes = plan.c_out, plan.taps, backend.ROWS[plan.variant], plan.relu, plan.pool, plan.halo_out
+    choice = layer.choice or Choice(packing.warps_for(plan.c_out, plan.rows), 1, 1)
+    choice = backend.SINGLE if plan.variant == "v1" else choice
+    sizes = plan.c_out, plan.taps, plan.rows, plan.relu, plan.pool, plan.halo_out, choice
     x = layer.input() if x is None else x
     with poisoned():
-        y = backend.run(launch, backend.Gpu(layer.multiprocessors, SHARED_BYTES[9, 0]), x, arrays, *sizes)
+        y = backend.run(launch, x, (*plan.packed(*choice[:2])[0], plan.bias), *sizes)
     wanted = ["scalar"] if plan.variant == "v1" else ["tensor_core"]
-    assert names == wanted + ["reduce"] * (layer.multiprocessors > 0)
+    assert names == wanted + ["reduce"] * (choice.slices > 1)
     return y
 
 
@@ -362,10 +368,10 @@ EMULATED = {
     "1x1 convolution, 2:4, pool": Layer((3, 40, 4, 4), 20, "2:4", taps=1, pool=True),
     "all zero": Layer((1, 20, 4, 4), 40, "v32", density=0.0),
     "all dense": Layer((1, 16, 4, 4), 32, "v32", density=1.0),
-    "sliced": Layer((3, 130, 3, 4), 20, "v16", multiprocessors=40),
-    "sliced, pool, sparse": Layer((9, 200, 4, 4), 40, "v32", density=0.02, pool=True, multiprocessors=40),
-    "sliced, 2x2 map, 2:4": Layer((17, 130, 2, 2), 70, "2:4", density=0.1, halo_out=0, multiprocessors=40),
-    "sliced linear": Layer((20, 130, 1, 1), 20, "v16", taps=1, halo_out=0, multiprocessors=40),
+    "sliced": Layer((3, 130, 3, 4), 20, "v16", choice=Choice(2, 1, 4)),
+    "sliced, pool, sparse": Layer((9, 200, 4, 4), 40, "v32", density=0.02, pool=True, choice=Choice(2, 2, 6)),
+    "sliced, 2x2 map, 2:4": Layer((17, 130, 2, 2), 70, "2:4", density=0.1, halo_out=0, choice=Choice(4, 2, 4)),
+    "sliced linear": Layer((20, 130, 1, 1), 20, "v16", taps=1, halo_out=0, choice=Choice(2, 4, 2)),
     "scalar": Layer((3, 20, 5, 7), 10, "v1"),
     "scalar, pool": Layer((9, 5, 5, 6), 7, "v1", density=0.1, pool=True, relu=False),
     "scalar linear": Layer((9, 20, 1, 1), 7, "v1", taps=1, halo_out=0),
@@ -377,6 +383,22 @@ def test_kernel_source_computes_the_convolution(layer):
     layer.check(emulate(layer))
 
 
+ODD = {  # shapes that nothing divides
+    "v16, pool": Layer((1, 67, 3, 5), 75, "v16", pool=True),
+    "v32, 2x2 map": Layer((17, 67, 2, 1), 150, "v32", density=0.1, relu=False),
+    "2:4, 1x1 convolution": Layer((9, 67, 5, 3), 150, "2:4", taps=1),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_way_to_cut_a_layer_is_right(name):
+    layer = ODD[name]
+    ways = list(tuning.candidates(layer.c_out, backend.ROWS[layer.variant], steps=5))
+    assert {way.slices for way in ways} == {1, 2} and {(2, 4), (4, 2), (8, 1)} <= {way[:2] for way in ways}
+    for way in ways:
+        layer.check(emulate(dataclasses.replace(layer, choice=way)))
+
+
 def test_an_empty_row_block_gives_its_bias():
     layer = Layer((1, 16, 4, 4), 160, "v16", density=1.0, relu=False)
     layer.tensors[1][:128] = 0
@@ -384,12 +406,11 @@ def test_an_empty_row_block_gives_its_bias():
 
 
 @pytest.mark.parametrize("variant", ["v16", "v1"])
-@pytest.mark.parametrize("multiprocessors", [0, 40])
-def test_not_a_number_passes_through_relu_and_pool(variant, multiprocessors):
-    layer = Layer((2, 128, 4, 4), 5, variant, density=1.0, pool=True, halo_out=0)
-    if variant == "v1" and multiprocessors:
+@pytest.mark.parametrize("choice", [None, Choice(2, 2, 4)])
+def test_not_a_number_passes_through_relu_and_pool(variant, choice):
+    if variant == "v1" and choice:
         pytest.skip("single weights are not sliced")
-    layer = Layer(**{**layer.__dict__, "multiprocessors": multiprocessors})
+    layer = Layer((2, 128, 4, 4), 5, variant, density=1.0, pool=True, halo_out=0, choice=choice)
     x = layer.tensors[0].clone()
     x[1, 7, 2, 2] = torch.nan  # one pixel of each pooled window is next to it
     got = cuda.from_layout(emulate(layer, cuda.to_layout(x, 1)), 2)
@@ -465,15 +486,15 @@ needs_assembler = pytest.mark.skipif(
 ARCHES = [(8, 0), (9, 0)]
 
 
-def tile(taps, size, variant, c_out=512, **flags):
-    """The tile that `backend.run` chooses."""
-    return packing.tile_for(taps, size, size, c_out, backend.ROWS[variant], two_of_four=variant == "2:4", **flags)
+def tile(taps, size, variant, warps=8, splits=1, **flags):
+    """The tile that `backend.run` takes."""
+    flags["two_of_four"] = variant == "2:4"
+    return packing.tile_for(taps, size, size, backend.ROWS[variant], warps, splits, **flags)
 
 
 TILES = {
     "v32": tile(3, 32, "v32"),
     "v32, pool": tile(3, 32, "v32", pool=True),
-    "v32, two warps": tile(3, 32, "v32", c_out=64),
     "v16": tile(3, 32, "v16"),
     "2:4": tile(3, 32, "2:4"),
     "2:4, pool": tile(3, 32, "2:4", pool=True),
@@ -481,6 +502,13 @@ TILES = {
     "2:4, 2x2 map, pool": tile(3, 2, "2:4", pool=True),
     "v32, 1x1 convolution": tile(1, 32, "v32"),
     "v32, linear": tile(1, 1, "v32", relu=False),
+    "v32, linear, split": tile(1, 1, "v32", 2, 4),
+    "v16, 2x2 map, split": tile(3, 2, "v16", 2, 4),
+}
+TILES |= {  # all blocks, with the most that follows the sums
+    f"{variant}, pool, {warps} x {splits} warps": tile(3, 32, variant, warps, splits, pool=True)
+    for variant in ("v32", "v16", "2:4")
+    for warps, splits in tuning.block_shapes(512, backend.ROWS[variant])
 }
 
 
@@ -491,11 +519,11 @@ def test_tensor_core_kernels_spill_nothing(tile, arch):
     from reprolib.sparse.cuda.kernels import KERNELS
 
     make, arguments = KERNELS["tensor_core"]
-    report = assembler.assemble(make(tile), arguments, threads=32 * tile.warps, arch=arch)
+    report = assembler.assemble(make(tile), arguments, threads=tile.threads, arch=arch)
     # The sums live in registers, so the inner loop stands there once, unrolled over pixels and row tiles.
     assert report.spill_bytes == report.local_bytes == report.count("LDL") == report.count("STL") == 0
     whole_registers = -(-report.registers // 8) * 8
-    assert whole_registers * 32 * tile.warps * tile.resident(SHARED_BYTES[arch]) <= 65536
+    assert whole_registers * tile.threads * tile.resident(SHARED_BYTES[arch]) <= 65536
     assert report.count("HMMA.SP" if tile.two_of_four else "HMMA.16816") == tile.row_tiles * tile.pixels
     assert report.count("LDSM") == tile.pixels // (1 if tile.two_of_four else 2)
     assert report.count("LDGSTS") > 0

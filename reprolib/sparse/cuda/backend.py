@@ -16,17 +16,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import statistics
 import sys
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reprolib.sparse.cuda import packing
-from reprolib.sparse.cuda.packing import CHUNK, IMAGES, Packed
+from reprolib.sparse.cuda import packing, tuning
+from reprolib.sparse.cuda.packing import CHUNK, IMAGES, Packed, Tile
+from reprolib.sparse.cuda.tuning import Choice, Gpu, Work
 
 # What a weight costs in each kernel, relative to one in a kept column of 32. Estimates from the instructions that a
 # multiplication needs, to be measured: 16 rows use half of what each load from shared memory brings; 2:4 counts both
@@ -34,18 +35,20 @@ from reprolib.sparse.cuda.packing import CHUNK, IMAGES, Packed
 # weights are zero. So v1 runs only where it is named, for comparison.
 COSTS = {"v32": 1.0, "v16": 1.25, "2:4": 0.62}
 ROWS = {"v32": 32, "v16": 16, "2:4": 32, "v1": 1}
-SHORTEST_SLICE = 2  # steps; a slice costs a pass over its fp32 sums
 THREADS = 128  # per block, of the kernels without tensor cores
+SINGLE = Choice(1, 1, 1)  # of the kernel for single weights: there is nothing to choose
+NOMINAL = Gpu(132, 228 * 1024)  # an H100: for which layers are cut where there is no GPU
+TIMINGS, HOLD_CYCLES = 5, 100_000
 LARGEST_GRID = 65_535  # blocks in y or z
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A pruned layer, packed. Made by `plan`.
+    """A pruned layer. Made by `plan`.
 
     `variant` names the kernel: ``v32`` and ``v16`` keep columns of so many rows, ``2:4`` two of four weights in columns
-    of 32 rows, ``v1`` single weights. The arrays are those of `packing.Packed`, or of `packing.pack_scalar` (its
-    row starts as `schedule`), and `bias` fp32, filled up to whole row blocks.
+    of 32 rows, ``v1`` single weights. `matrix` is the weight, fp16 ``[C_out, taps, taps, C_in]`` on the CPU; `packed`
+    gives it as kernels read it. `bias` is fp32, filled up to whole row blocks, on the device.
     """
 
     variant: str
@@ -55,11 +58,50 @@ class Plan:
     relu: bool
     pool: bool
     halo_out: int
-    weights: Tensor
-    metadata: Tensor
-    columns: Tensor
-    schedule: Tensor
+    matrix: np.ndarray
     bias: Tensor
+    choices: dict[tuple[int, int, int], Choice] = field(default_factory=dict)  # by image groups, height and width
+    _packed: dict[tuple[int, int], tuple[tuple[Tensor, ...], Work]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return ROWS[self.variant]
+
+    def packed(self, warps: int, splits: int) -> tuple[tuple[Tensor, ...], Work]:
+        """Weights, metadata, columns and schedule of `packing.Packed` (of `packing.pack_scalar` with ``v1``, its row
+        starts as schedule) for blocks of so many warps, on the device; and what there is to do. Made once.
+        """
+        if (warps, splits) not in self._packed:
+            if self.variant == "v1":
+                weights, columns, schedule = packing.pack_scalar(self.matrix)
+                packed, work = Packed(weights, np.zeros((0, 32), np.uint32), columns, schedule), Work(0, 0, 0)
+            else:
+                packed = packing.pack(self.matrix, self.rows, warps, self.variant == "2:4", splits)
+                work = tuning.work_of(packed, warps * splits, math.ceil(self.c_out / (self.rows * warps)))
+            # torch has few operations for unsigned integers; the bits are the same.
+            arrays = packed.weights, packed.metadata.view(np.int32), packed.columns, packed.schedule
+            arrays = [a.view(np.int16) if a.dtype == np.uint16 else a for a in arrays]
+            tensors = tuple(torch.from_numpy(a).to(self.bias.device) for a in arrays)
+            self._packed[warps, splits] = tensors, work
+        return self._packed[warps, splits]
+
+    def tile(self, height: int, width: int, choice: Choice) -> Tile:
+        """The sizes of the kernel for maps of `height` x `width`."""
+        flags = {"two_of_four": self.variant == "2:4", "relu": self.relu, "pool": self.pool}
+        return packing.tile_for(self.taps, height, width, self.rows, choice.warps, choice.splits, **flags)
+
+    def ordered(self, groups: int, height: int, width: int, gpu: Gpu) -> list[Choice]:
+        """All ways to run the layer on so many image groups, the fastest by the model first."""
+
+        def estimate_us(choice: Choice) -> float:
+            tile = self.tile(height, width, choice)
+            _, work = self.packed(choice.warps, choice.splits)
+            return tuning.estimate_us(
+                tile, work, math.prod(blocks(tile, self.c_out, groups, height, width)), choice.slices, gpu
+            )
+
+        steps = math.ceil(self.c_in / CHUNK)
+        return sorted(tuning.candidates(self.c_out, self.rows, steps), key=estimate_us)
 
 
 def plan(
@@ -94,21 +136,9 @@ def plan(
         raise ValueError(f"variant {variant!r} is unknown: use one of {', '.join(ROWS)}")
     if variant == "2:4" and not packing.fits_two_of_four(kept):
         raise ValueError("the weight is not 2:4: some four consecutive channels hold more than two non-zero weights")
-    rows = ROWS[variant]
-    if variant == "v1":
-        weights, columns, schedule = packing.pack_scalar(matrix)
-        packed = Packed(weights, np.zeros((0, 32), np.uint32), columns, schedule)
-        rows_of_blocks = c_out
-    else:
-        warps = packing.warps_for(c_out, rows)
-        packed = packing.pack(matrix, rows, warps, variant == "2:4")
-        rows_of_blocks = math.ceil(c_out / (rows * warps)) * rows * warps
-    padded_bias = F.pad(bias.detach().cpu().float(), (0, rows_of_blocks - c_out))
-    # torch has few operations for unsigned integers; the bits are the same.
-    arrays = packed.weights, packed.metadata.view(np.int32), packed.columns, packed.schedule
-    arrays = [a.view(np.int16) if a.dtype == np.uint16 else a for a in arrays]
-    tensors = [torch.from_numpy(a).to(device) for a in arrays]
-    return Plan(variant, c_out, c_in, taps, relu, pool, halo_out, *tensors, padded_bias.to(device))
+    most_rows = ROWS[variant] * packing.warps_for(c_out, ROWS[variant])
+    padded_bias = F.pad(bias.detach().cpu().float(), (0, -c_out % most_rows)).to(device)
+    return Plan(variant, c_out, c_in, taps, relu, pool, halo_out, matrix, padded_bias)
 
 
 def costs(kept: np.ndarray) -> dict[str, float]:
@@ -153,9 +183,48 @@ def conv(x: Tensor, plan: Plan) -> Tensor:
         raise ValueError(f"activations {tuple(x.shape)} {x.dtype} do not fit a layer of {plan.c_in} input channels")
     if min(height, width) < 1 + plan.pool:
         raise ValueError(f"maps of {height}x{width} pixels are too small{' for a max-pool' * plan.pool}")
-    arrays = plan.weights, plan.metadata, plan.columns, plan.schedule, plan.bias
-    sizes = plan.c_out, plan.taps, ROWS[plan.variant], plan.relu, plan.pool, plan.halo_out
-    return torch.ops.reprolib.sparse_conv(x, *arrays, *sizes)
+    return _run(x, plan, _choice(x, plan, height, width))
+
+
+def _run(x: Tensor, plan: Plan, choice: Choice) -> Tensor:
+    arrays, _ = plan.packed(choice.warps, choice.splits)
+    sizes = plan.c_out, plan.taps, plan.rows, plan.relu, plan.pool, plan.halo_out
+    return torch.ops.reprolib.sparse_conv(x, *arrays, plan.bias, *sizes, *choice)
+
+
+def _choice(x: Tensor, plan: Plan, height: int, width: int) -> Choice:
+    """How to run the layer on these activations: found at the first call, on a GPU by timing."""
+    shape = len(x), height, width
+    if shape not in plan.choices:
+        plan.choices[shape] = SINGLE if plan.variant == "v1" else _found(x, plan, shape)
+    return plan.choices[shape]
+
+
+def _found(x: Tensor, plan: Plan, shape: tuple[int, int, int]) -> Choice:
+    if x.device.type != "cuda":
+        return plan.ordered(*shape, NOMINAL)[0]
+    ordered = plan.ordered(*shape, _gpu(x.device))
+    kept = np.count_nonzero(plan.matrix)
+    key = f"{plan.variant} {plan.taps}x{plan.taps} {plan.c_in}-{plan.c_out} {kept} {shape} {plan.pool:d}{plan.halo_out}"
+    time_us = None
+    if not torch.cuda.is_current_stream_capturing():
+        time_us = functools.partial(_time_us, x, plan)
+        print("timing ways to run a CUDA layer: a few seconds, once for each layer and batch", file=sys.stderr)
+    return tuning.chosen(ordered, key, tuning.file_for(torch.cuda.get_device_name(x.device)), time_us)
+
+
+def _time_us(x: Tensor, plan: Plan, choice: Choice) -> float:
+    """Microseconds of a layer run in one of the ways, the median of a few, without the time between launches."""
+    times = []
+    for turn in range(TIMINGS + 1):  # the first one compiles
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HOLD_CYCLES)  # until all that follows is asked for
+        before.record()
+        _run(x, plan, choice)
+        after.record()
+        after.synchronize()
+        times += [1e3 * before.elapsed_time(after)] * (turn > 0)
+    return statistics.median(times)
 
 
 def warm_up(plan: Plan, n: int, height: int, width: int) -> None:
@@ -180,26 +249,32 @@ def _sparse_conv(
     relu: bool,
     pool: bool,
     halo_out: int,
+    warps: int,
+    splits: int,
+    slices: int,
 ) -> Tensor:
     arrays = weights, metadata, columns, schedule, bias
     x = aligned(x)
     with torch.cuda.device(x.device):
-        return run(launch, _gpu(x.device), x, arrays, c_out, taps, rows, relu, pool, halo_out)
+        return run(launch, x, arrays, c_out, taps, rows, relu, pool, halo_out, Choice(warps, splits, slices))
 
 
 @_sparse_conv.register_fake
-def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, pool, halo_out):
+def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, pool, halo_out, warps, splits, slices):
     return x.new_empty(_shape_out(x, c_out, taps, pool, halo_out))
 
 
 @_sparse_conv.register_kernel("cpu")
-def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, pool, halo_out):
+def _(x, weights, metadata, columns, schedule, bias, c_out, taps, rows, relu, pool, halo_out, warps, splits, slices):
     x, weights, columns, schedule = x.numpy(), weights.numpy(), columns.numpy(), schedule.numpy()
     if rows == 1:
         sums = packing.scalar_spec(x, weights, columns, schedule, taps)
     else:
         packed = Packed(weights, metadata.numpy().view(np.uint32), columns, schedule)
-        sums = packing.tensor_core_spec(x, packed, taps, c_out, packing.warps_for(c_out, rows))
+        parts = (
+            packing.tensor_core_spec(x, packed, taps, c_out, warps, piece, slices, splits) for piece in range(slices)
+        )
+        sums = sum(parts)
     return torch.from_numpy(packing.epilogue_spec(sums, bias.numpy(), relu, pool, halo_out))
 
 
@@ -217,15 +292,14 @@ def _shape_out(x: Tensor, c_out: int, taps: int, pool: bool, halo_out: int) -> t
 # --- Launching -------------------------------------------------------------------------------------------------------
 
 
-class Gpu(NamedTuple):
-    """What decides how many CUDA blocks run at once: multiprocessors, and the shared memory of each."""
+def blocks(tile: Tile, c_out: int, groups: int, height: int, width: int) -> tuple[int, int, int]:
+    """CUDA blocks by rows, by patches of a map and by image groups."""
+    patches = math.ceil(height / tile.tall) * math.ceil(width / tile.wide)
+    return math.ceil(c_out / tile.block_rows), patches, math.ceil(groups / tile.deep)
 
-    multiprocessors: int
-    shared_bytes: int
 
-
-def run(launch, gpu: Gpu, x: Tensor, arrays: tuple, c_out, taps, rows, relu, pool, halo_out) -> Tensor:
-    """Choose the kernels for a layer and a map size, and run them through `launch` (see there)."""
+def run(launch, x: Tensor, arrays: tuple, c_out, taps, rows, relu, pool, halo_out, choice: Choice) -> Tensor:
+    """Run a layer as chosen through `launch` (see there). `arrays` are those of `Plan.packed`, and the bias."""
     weights, metadata, columns, schedule, bias = arrays
     y = x.new_empty(_shape_out(x, c_out, taps, pool, halo_out))
     groups, c_in, height, width = x.shape[0], x.shape[1], x.shape[2] - taps // 2 * 2, x.shape[3] - taps // 2 * 2
@@ -234,27 +308,21 @@ def run(launch, gpu: Gpu, x: Tensor, arrays: tuple, c_out, taps, rows, relu, poo
         sizes = c_in, height, width, c_out, groups, halo_out
         launch("scalar", (taps, pool, relu), grid, THREADS, x, y, weights, columns, schedule, bias, *sizes)
         return y
-    tile = packing.tile_for(taps, height, width, c_out, rows, two_of_four=len(metadata) > 0, relu=relu, pool=pool)
-    row_blocks, deep_patches = math.ceil(c_out / tile.block_rows), math.ceil(groups / tile.deep)
-    patches = math.ceil(height / tile.tall) * math.ceil(width / tile.wide)
-    blocks = row_blocks * patches * deep_patches
-    slices = slices_for(blocks, math.ceil(c_in / CHUNK), tile.resident(gpu.shared_bytes) * gpu.multiprocessors)
-    parts = slices, blocks, tile.block_rows * tile.pixels * IMAGES
-    sums = x.new_empty(parts, dtype=torch.float32) if slices > 1 else y
-    sizes = c_in, height, width, c_out, groups, halo_out, slices
+    flags = {"two_of_four": len(metadata) > 0, "relu": relu, "pool": pool}
+    tile = packing.tile_for(taps, height, width, rows, choice.warps, choice.splits, **flags)
+    row_blocks, patches, deep_patches = blocks(tile, c_out, groups, height, width)
+    slices, in_a_slice = choice.slices, row_blocks * patches * deep_patches
     grid = row_blocks, patches, deep_patches * slices
     if max(grid[1:]) > LARGEST_GRID:
-        raise ValueError(f"{len(x) * IMAGES} images of {height}x{width} pixels are too many at once: run them in parts")
-    launch("tensor_core", (tile,), grid, 32 * tile.warps, x, sums, *arrays, *sizes)
+        raise ValueError(f"{groups * IMAGES} images of {height}x{width} pixels are too many at once: run them in parts")
+    parts = slices, in_a_slice, tile.block_rows * tile.pixels * IMAGES
+    sums = x.new_empty(parts, dtype=torch.float32) if slices > 1 else y
+    sizes = c_in, height, width, c_out, groups, halo_out, slices
+    launch("tensor_core", (tile,), grid, tile.threads, x, sums, *arrays, *sizes)
     if slices > 1:
-        sizes = slices, blocks, row_blocks, groups, c_out, height, width, halo_out
+        sizes = slices, in_a_slice, row_blocks, groups, c_out, height, width, halo_out
         launch("reduce", (tile,), (math.ceil(y.numel() / IMAGES / THREADS),), THREADS, sums, y, bias, *sizes)
     return y
-
-
-def slices_for(blocks: int, steps: int, resident: int) -> int:
-    """Into how many slices to cut the steps of `blocks` CUDA blocks on a GPU that runs `resident` of them at once."""
-    return max(1, min(resident // blocks, steps // SHORTEST_SLICE))
 
 
 def require() -> None:

@@ -23,7 +23,7 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.types import float32, int64, uint8, uint32
 
-from reprolib.sparse.cuda.packing import AGE_BIT, CHUNK, IMAGES, LOOK_AHEAD, ROW_BYTES, SLOTS, TAP_BITS, Tile
+from reprolib.sparse.cuda.packing import AGE_BIT, CHUNK, IMAGES, LOOK_AHEAD, ROW_BYTES, SLOTS, TAP_BITS, WARP, Tile
 from reprolib.sparse.cuda.ptx import (
     commit_copies,
     copy_async,
@@ -31,6 +31,7 @@ from reprolib.sparse.cuda.ptx import (
     load_f32_x2,
     load_i32,
     load_matrices_transposed,
+    load_shared_f32_x4,
     load_shared_x4,
     load_u16,
     load_u32,
@@ -44,17 +45,16 @@ from reprolib.sparse.cuda.ptx import (
     shared_address,
     store_f32_x4,
     store_shared,
+    store_shared_f32_x4,
     store_x4,
     successor,
     unpack_halves,
     wait_all_but_newest,
 )
 
-WARP = 32
-
 
 def tensor_core_kernel(tile: Tile):
-    """The kernel for one `Tile`. Block: ``(32 * tile.warps,)``; grid: ``(row blocks, patches of a map, deep patches *
+    """The kernel for one `Tile`. Block: ``(tile.threads,)``; grid: ``(row blocks, patches of a map, deep patches *
     slices)``, where a deep patch is `tile.deep` image groups.
 
     A block computes `tile.block_rows` output channels of one patch, a warp `tile.rows` of them. Step by step the
@@ -64,7 +64,8 @@ def tensor_core_kernel(tile: Tile):
                    +-----+-----+-----+-----+
 
     and each warp multiplies the groups of kept columns that are due at this step. Their weights come straight from
-    global memory, ordered as the tensor cores want them, one group ahead.
+    global memory, ordered as the tensor cores want them, one group ahead. In the end, warps that share their output
+    channels hand their sums to the first of them, through the memory that the ring no longer needs.
 
     With one slice, `y` gets relu(max_pool(sums) + bias) as fp16 activations, the halo written as zeros. With more, each
     slice does its share of the steps, and `y` gets the fp32 sums of all threads, for `reduce_kernel`:
@@ -73,7 +74,11 @@ def tensor_core_kernel(tile: Tile):
     taps, tall, wide, deep = tile.taps, tile.tall, tile.wide, tile.deep
     sparse, relu, pool = tile.two_of_four, tile.relu, tile.pool
     warps, row_tiles, rows, block_rows = tile.warps, tile.row_tiles, tile.rows, tile.block_rows
-    threads, pixels, sums = WARP * warps, tile.pixels, tile.row_tiles * tile.pixels * 4
+    threads, splits, pixels, sums = tile.threads, tile.splits, tile.pixels, tile.row_tiles * tile.pixels * 4
+    # Fours of sums that warps hand over at once: all, or half of them.
+    quad_bytes, handed = tile.quad_bytes, sums // 4
+    if handed * quad_bytes * (splits // 2) > tile.shared_bytes:
+        handed //= 2
     pitch, image_rows, channel_bytes, slot_bytes = tile.pitch, tile.image_rows, tile.channel_bytes, tile.slot_bytes
     shared_bytes = tile.shared_bytes
     halo_in, patch_tall, patch_wide = taps // 2, tall + taps - 1, wide + taps - 1
@@ -117,7 +122,7 @@ def tensor_core_kernel(tile: Tile):
         start, stop = load_i32(schedule + 4 * row_block), load_i32(schedule + 4 * row_block + 4)
         all_steps = load_i32(schedule + 4 * row_blocks)
         chunks = schedule + 4 * (row_blocks + 1)
-        begins = chunks + 4 * (all_steps + row_block * warps + warp)
+        begins = chunks + 4 * (all_steps + row_block * (warps * splits) + warp)
         first, last = start, stop
         if slices > 1:
             first, last = start + (stop - start) * piece // slices, start + (stop - start) * (piece + 1) // slices
@@ -141,7 +146,7 @@ def tensor_core_kernel(tile: Tile):
         acc = cuda.local.array(sums, float32)
         for i in range(sums):
             acc[i] = float32(0)
-        group = load_i32(begins + 4 * warps * first)
+        group = load_i32(begins + 4 * (warps * splits) * first)
         now, ahead = cuda.local.array(fragments, uint32), cuda.local.array(fragments, uint32)
         for i in range(row_tiles):
             now[4 * i], now[4 * i + 1], now[4 * i + 2], now[4 * i + 3] = load_x4(
@@ -153,11 +158,15 @@ def tensor_core_kernel(tile: Tile):
             places = load_u32(metadata + group * 128 + lane * 4)
 
         # Whatever the next turn of the loop asks global memory for is loaded a turn early.
-        next_chunk, next_end = load_i32(chunks + 4 * oldest), load_i32(begins + 4 * warps * max(0, oldest - 1))
+        next_chunk, next_end = (
+            load_i32(chunks + 4 * oldest),
+            load_i32(begins + 4 * (warps * splits) * max(0, oldest - 1)),
+        )
         for step in range(oldest - LOOK_AHEAD, last):
             coming = step + LOOK_AHEAD
             chunk, end = next_chunk * CHUNK, next_end
-            next_chunk, next_end = load_i32(chunks + 4 * coming + 4), load_i32(begins + 4 * warps * max(0, step + 2))
+            next_chunk = load_i32(chunks + 4 * coming + 4)
+            next_end = load_i32(begins + 4 * (warps * splits) * max(0, step + 2))
             wait_all_but_newest()
             cuda.syncthreads()
             if coming < last:
@@ -213,13 +222,35 @@ def tensor_core_kernel(tile: Tile):
                 for i in range(fragments):
                     now[i] = ahead[i]
 
+        # The upper half of the parts hands its sums to the lower half, until one part has them all.
+        part, giving = warp // warps, splits // 2
+        while giving > 0:
+            here = ring + 16 * ((part % giving * warps * handed + warp % warps) * WARP + lane)
+            for begin in range(0, sums // 4, handed):
+                cuda.syncthreads()  # the ring, or what was handed over before, is no longer read
+                if giving <= part < 2 * giving:
+                    for i in range(handed):
+                        k = 4 * (begin + i)
+                        store_shared_f32_x4(here + quad_bytes * i, acc[k], acc[k + 1], acc[k + 2], acc[k + 3])
+                cuda.syncthreads()
+                if part < giving:
+                    for i in range(handed):
+                        k = 4 * (begin + i)
+                        s0, s1, s2, s3 = load_shared_f32_x4(here + quad_bytes * i)
+                        acc[k] += s0
+                        acc[k + 1] += s1
+                        acc[k + 2] += s2
+                        acc[k + 3] += s3
+            giving //= 2
+
         # Epilogue. Lane 4g+t holds images 2t and 2t+1 of each pixel, for output channels g and g+8 of each row tile.
-        pair, block_row = lane & 3, warp * rows + (lane >> 2)
+        pair, block_row, first_part = lane & 3, warp * rows + (lane >> 2), warp < warps
         if slices > 1:
             block = ((piece * deep_patches + deep_patch) * cuda.gridDim.y + patch) * row_blocks + row_block
-            mine = y + 16 * (block * (sums // 4 * threads) + thread)
+            mine = y + 16 * (block * (sums // 4 * WARP * warps) + thread)
             for k in range(0, sums, 4):
-                store_f32_x4(mine + k * 4 * threads, acc[k], acc[k + 1], acc[k + 2], acc[k + 3])
+                if first_part:
+                    store_f32_x4(mine + k * 4 * WARP * warps, acc[k], acc[k + 1], acc[k + 2], acc[k + 3])
             return
 
         height_out, width_out = height // shrink, width // shrink
@@ -236,31 +267,34 @@ def tensor_core_kernel(tile: Tile):
                 places[q] = (image * c_out * plane_out + (oy + halo) * pitch_out + ox + halo) * ROW_BYTES
         mine = ring + warp * out_bytes + (lane >> 2) * ROW_BYTES
         cuda.syncthreads()  # the ring is free
-        for i in range(row_tiles):
-            for h in range(2):
-                channel = row_block * block_rows + block_row + i * 16 + h * 8
-                shift = load_f32(bias + 4 * channel)
-                for j in range(pixels_out):
-                    if pool:
-                        corner = (j // area_out * tall + j // wide_out % tall_out * 2) * wide + j % wide_out * 2
-                        k, below = 4 * (i * pixels + corner) + 2 * h, 4 * wide
-                        even = maximum(maximum(acc[k], acc[k + 4]), maximum(acc[k + below], acc[k + below + 4]))
-                        odd = maximum(maximum(acc[k + 1], acc[k + 5]), maximum(acc[k + below + 1], acc[k + below + 5]))
-                    else:
-                        k = 4 * (i * pixels + j) + 2 * h
-                        even, odd = acc[k], acc[k + 1]
-                    if relu:
-                        halves = pack_halves_relu(even + shift, odd + shift)
-                    else:
-                        halves = pack_halves(even + shift, odd + shift)
-                    store_shared(mine + j * out_pitch + pair * 4, halves)
-                cuda.syncwarp()
-                maps = y + channel * plane_out * ROW_BYTES
-                for q in range(stores):
-                    if channel < c_out and places[q] >= 0:
-                        r0, r1, r2, r3 = load_shared_x4(mine + (4 * q + pair) * out_pitch)
-                        store_x4(maps + places[q], r0, r1, r2, r3)
-                cuda.syncwarp()
+        if splits == 1 or first_part:
+            for i in range(row_tiles):
+                for h in range(2):
+                    channel = row_block * block_rows + block_row + i * 16 + h * 8
+                    shift = load_f32(bias + 4 * channel)
+                    for j in range(pixels_out):
+                        if pool:
+                            corner = (j // area_out * tall + j // wide_out % tall_out * 2) * wide + j % wide_out * 2
+                            k, below = 4 * (i * pixels + corner) + 2 * h, 4 * wide
+                            even = maximum(maximum(acc[k], acc[k + 4]), maximum(acc[k + below], acc[k + below + 4]))
+                            odd = maximum(
+                                maximum(acc[k + 1], acc[k + 5]), maximum(acc[k + below + 1], acc[k + below + 5])
+                            )
+                        else:
+                            k = 4 * (i * pixels + j) + 2 * h
+                            even, odd = acc[k], acc[k + 1]
+                        if relu:
+                            halves = pack_halves_relu(even + shift, odd + shift)
+                        else:
+                            halves = pack_halves(even + shift, odd + shift)
+                        store_shared(mine + j * out_pitch + pair * 4, halves)
+                    cuda.syncwarp()
+                    maps = y + channel * plane_out * ROW_BYTES
+                    for q in range(stores):
+                        if channel < c_out and places[q] >= 0:
+                            r0, r1, r2, r3 = load_shared_x4(mine + (4 * q + pair) * out_pitch)
+                            store_x4(maps + places[q], r0, r1, r2, r3)
+                    cuda.syncwarp()
 
         # A patch at the border also writes the halo next to it.
         pixel = thread % window

@@ -32,6 +32,7 @@ CHUNK = 16  # channels a step
 SLOTS, LOOK_AHEAD = 4, 2  # chunks in shared memory: the last step's, this step's, and two on their way
 TAP_PITCH = 6  # rows between vertical neighbours of a patch in shared memory
 BANKS = 8  # of 16 bytes
+WARP = 32  # threads
 RESERVED_BYTES = 1024  # of shared memory, for each block
 # A column's code: its age in steps (0 or 1), channel in the chunk, and row of its tap in the patch (at most 14).
 TAP_BITS = 4
@@ -46,8 +47,9 @@ QUAD = 4
 class Tile:
     """The sizes a tensor-core kernel is compiled for; powers of two.
 
-    A warp computes 16 * `row_tiles` output channels at `tall` x `wide` pixels of `deep` image groups. `taps` is 3 or 1.
-    With `relu` a ReLU follows, with `pool` a 2x2 max-pool.
+    A warp computes 16 * `row_tiles` output channels at `tall` x `wide` pixels of `deep` image groups, and `splits` of
+    them share the kept columns of these: each sums up its own. So a block has `warps` * `splits` warps. `taps` is 3
+    or 1. With `relu` a ReLU follows, with `pool` a 2x2 max-pool.
     """
 
     taps: int
@@ -56,9 +58,15 @@ class Tile:
     deep: int
     row_tiles: int
     warps: int
+    splits: int = 1
     two_of_four: bool = False
     relu: bool = True
     pool: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads per CUDA block."""
+        return WARP * self.warps * self.splits
 
     @property
     def rows(self) -> int:
@@ -81,7 +89,7 @@ class Tile:
         Its registers hold 8 warps of 128 sums a thread, 16 of 64. Each block takes a little more shared memory than
         its own (CUDA C++ Programming Guide, on compute capability 8.0 and later).
         """
-        by_registers = (8 if self.row_tiles * self.pixels > 16 else 16) // self.warps
+        by_registers = (8 if self.row_tiles * self.pixels > 16 else 16) // (self.warps * self.splits)
         return max(1, min(by_registers, shared_bytes // (self.shared_bytes + RESERVED_BYTES)))
 
     @property
@@ -107,14 +115,22 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of shared memory per CUDA block; below 48 KB, beyond which a kernel needs permission."""
-        return SLOTS * self.slot_bytes
+        """Bytes of shared memory per CUDA block: the ring, or half of the sums of half of the warps; at most 48 KB,
+        beyond which a kernel needs permission.
+        """
+        return max(SLOTS * self.slot_bytes, self.quad_bytes * (self.row_tiles * self.pixels // 2) * (self.splits // 2))
+
+    @property
+    def quad_bytes(self) -> int:
+        """Bytes of four sums of each thread of `warps` warps."""
+        return 16 * WARP * self.warps
 
 
-def tile_for(taps: int, height: int, width: int, c_out: int, rows: int, **flags: bool) -> Tile:
+def tile_for(taps: int, height: int, width: int, rows: int, warps: int, splits: int, **flags: bool) -> Tile:
     """The tile for maps of `height` x `width`: 4x4 pixels, or fewer of more image groups on the smallest maps.
 
-    `rows` is 16 or 32; `flags` are those of `Tile`.
+    `rows` is 16 or 32; `warps`, `splits` and `flags` are those of `Tile`. More pixels would need more shared memory
+    than a block gets unasked.
     """
     small = max(height, width)
     if taps == 1 and small == 1:
@@ -123,11 +139,11 @@ def tile_for(taps: int, height: int, width: int, c_out: int, rows: int, **flags:
         patch = 2, 2, 2
     else:
         patch = 4, 4, 1
-    return Tile(taps, *patch, rows // 16, warps_for(c_out, rows), **flags)
+    return Tile(taps, *patch, rows // 16, warps, splits, **flags)
 
 
 def warps_for(c_out: int, rows: int) -> int:
-    """Row groups per row block. Two at least: a smaller block could not copy a patch at once."""
+    """Row groups per row block, at most. Two at least: a smaller block could not copy a patch at once."""
     needed = -(-c_out // rows)
     return 2 if needed <= 2 else 4 if needed <= 4 else 8
 
@@ -152,14 +168,17 @@ class Packed:
     schedule: np.ndarray
 
 
-def pack(weight: np.ndarray, rows: int, warps: int, two_of_four: bool = False) -> Packed:
+def pack(weight: np.ndarray, rows: int, warps: int, two_of_four: bool = False, splits: int = 1) -> Packed:
     """Pack a weight ``[C_out, taps, taps, C_in]`` fp16 in row groups of `rows` (16 or 32), `warps` to a row block.
 
-    With `two_of_four`, `rows` is 32 and each row holds at most two non-zero weights in each quad of channels
-    (see `fits_two_of_four`).
+    The columns that a row group keeps are dealt to `splits` warps, chunk by chunk: in what follows each of these is a
+    row group of its own, those of the first warps of all row groups of a block first. With `two_of_four`, `rows` is 32
+    and each row holds at most two non-zero weights in each quad of channels (see `fits_two_of_four`).
     """
     span, per_group = (QUAD, 32 // QUAD) if two_of_four else (1, 16)
     matrix, kept = _row_groups(weight, rows, warps, span)
+    kept, row_group = _dealt(kept, warps, splits)
+    warps *= splits
     chunks_needed = kept.reshape(len(kept) // warps, warps, kept.shape[1], -1).any(axis=(1, 3))
     block_steps = chunks_needed.sum(axis=1)
     first_step = np.concatenate([[0], np.cumsum(block_steps)])
@@ -182,7 +201,7 @@ def pack(weight: np.ndarray, rows: int, warps: int, two_of_four: bool = False) -
     source = np.full((groups + 1, per_group, span), matrix.shape[1] - 1)  # the last column is zero
     source[group, within] = ((tap * kept.shape[1] + chunk) * CHUNK + unit * span)[:, None] + spread
     group_owner = np.append(np.repeat(np.arange(len(kept)), groups_due.sum(axis=1)), 0)
-    columns = matrix[group_owner[:, None], source.reshape(groups + 1, -1)]  # [G+1, 16 or 32, rows]
+    columns = matrix[row_group[group_owner][:, None], source.reshape(groups + 1, -1)]  # [G+1, 16 or 32, rows]
     metadata = np.zeros((0, 32), np.uint32)
     if two_of_four:
         columns, metadata = _compress(columns)
@@ -236,6 +255,21 @@ def _row_groups(weight: np.ndarray, rows: int, warps: int, span: int) -> tuple[n
     matrix[:, :-1] = padded.reshape(groups, rows, -1).transpose(0, 2, 1)
     kept = _units(nonzero(padded.reshape(-1, taps, taps, chunks * CHUNK)), rows, span)
     return matrix, kept.reshape(groups, taps * taps, chunks, CHUNK // span).transpose(0, 2, 1, 3)
+
+
+def _dealt(kept: np.ndarray, warps: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the kept units of each row group and chunk to `splits` warps, in turn.
+
+    Takes and returns bool ``[row groups, chunks, taps * taps, units]``, ordered by block, part and row group; and the
+    row group of each.
+    """
+    units = kept.reshape(*kept.shape[:2], -1)
+    part = (np.cumsum(units, axis=2) - 1) % splits
+    parts = np.stack([units & (part == p) for p in range(splits)], axis=1)  # [row groups, splits, chunks, units]
+    blocks = len(kept) // warps
+    dealt = parts.reshape(blocks, warps, splits, *units.shape[1:]).swapaxes(1, 2).reshape(-1, *kept.shape[1:])
+    row_group = np.broadcast_to(np.arange(len(kept)).reshape(blocks, 1, warps), (blocks, splits, warps))
+    return dealt, row_group.ravel()
 
 
 def _bank(tap: np.ndarray, channel: np.ndarray, taps: int) -> np.ndarray:
@@ -345,7 +379,7 @@ def pack_scalar(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def tensor_core_spec(
-    x, packed: Packed, taps: int, c_out: int, warps: int, piece: int = 0, slices: int = 1
+    x, packed: Packed, taps: int, c_out: int, warps: int, piece: int = 0, slices: int = 1, splits: int = 1
 ) -> np.ndarray:
     """What `tensor_core_kernel` sums up: fp32 ``[groups, C_out, H, W, 8]`` from activations with halo `taps` // 2."""
     row_tiles = packed.weights.shape[1]
@@ -358,9 +392,9 @@ def tensor_core_spec(
     for block in range(blocks):
         start, steps = first_step[block], first_step[block + 1] - first_step[block]
         for step in range(start + steps * piece // slices, start + steps * (piece + 1) // slices):
-            for warp in range(warps):
-                row_group = block * warps + warp
-                begin, end = begins[(step + block) * warps + warp], begins[(step + 1 + block) * warps + warp]
+            for warp in range(warps * splits):
+                row_group, place = block * warps + warp % warps, (step + block) * warps * splits + warp
+                begin, end = begins[place], begins[place + warps * splits]
                 for group in range(begin, end):
                     inputs = []
                     for code in packed.columns[group].astype(int):

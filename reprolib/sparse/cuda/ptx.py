@@ -128,6 +128,8 @@ wait_all_but_newest = _instruction("cp.async.wait_group 1;")
 
 store_shared = _instruction("st.shared.u32 [$0], $1;", types.uint32, types.uint32)
 load_shared_x4 = _instruction("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", types.uint32, gives=_WORDS)
+store_shared_f32_x4 = _instruction("st.shared.v4.f32 [$0], {$1,$2,$3,$4};", types.uint32, *_FLOATS)
+load_shared_f32_x4 = _instruction("ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", types.uint32, gives=_FLOATS)
 
 
 # --- Global memory: what a kernel only reads, and what it writes -----------------------------------------------------
