@@ -108,11 +108,11 @@ def tensor_core_kernel(tile: Tile):
         # Row blocks of one patch are neighbours in the grid, so that they find its activations in the L2 cache.
         row_block, row_blocks, patch = cuda.blockIdx.x, cuda.gridDim.x, cuda.blockIdx.y
         deep_patch, deep_patches, piece = cuda.blockIdx.z, cuda.gridDim.z, 0
+        # In 32 bits, because a division in 64 takes several times as long, and is a call.
         if slices > 1:
-            deep_patch, deep_patches = deep_patch // slices, deep_patches // slices
-            piece = cuda.blockIdx.z % slices
+            piece = uint32(deep_patch) % uint32(slices)
+            deep_patch, deep_patches = uint32(deep_patch) // uint32(slices), uint32(deep_patches) // uint32(slices)
         patches_wide = (width + wide - 1) // wide
-        # In 32 bits, because a division in 64 takes several times as long.
         top = uint32(patch) // uint32(patches_wide) * tall
         left = uint32(patch) % uint32(patches_wide) * wide
         first_group = deep_patch * deep
@@ -125,7 +125,8 @@ def tensor_core_kernel(tile: Tile):
         begins = chunks + 4 * (all_steps + row_block * (warps * splits) + warp)
         first, last = start, stop
         if slices > 1:
-            first, last = start + (stop - start) * piece // slices, start + (stop - start) * (piece + 1) // slices
+            first = start + uint32((stop - start) * piece) // uint32(slices)
+            last = start + uint32((stop - start) * (piece + 1)) // uint32(slices)
         oldest = max(start, first - 1)  # its columns may be left over for our first step
 
         # This thread copies one pixel of the patch, of every channels_at_once-th channel.
@@ -223,9 +224,9 @@ def tensor_core_kernel(tile: Tile):
                     now[i] = ahead[i]
 
         # The upper half of the parts hands its sums to the lower half, until one part has them all.
-        part, giving = warp // warps, splits // 2
+        part, giving = warp // warps, splits >> 1
         while giving > 0:
-            here = ring + 16 * ((part % giving * warps * handed + warp % warps) * WARP + lane)
+            here = ring + 16 * (((part & (giving - 1)) * warps * handed + (warp & (warps - 1))) * WARP + lane)
             for begin in range(0, sums // 4, handed):
                 cuda.syncthreads()  # the ring, or what was handed over before, is no longer read
                 if giving <= part < 2 * giving:
@@ -241,7 +242,7 @@ def tensor_core_kernel(tile: Tile):
                         acc[k + 1] += s1
                         acc[k + 2] += s2
                         acc[k + 3] += s3
-            giving //= 2
+            giving >>= 1
 
         # Epilogue. Lane 4g+t holds images 2t and 2t+1 of each pixel, for output channels g and g+8 of each row tile.
         pair, block_row, first_part = lane & 3, warp * rows + (lane >> 2), warp < warps

@@ -59,9 +59,13 @@ class Work(NamedTuple):
 
 
 def block_shapes(c_out: int, rows: int) -> list[tuple[int, int]]:
-    """Row groups per block, and warps that share each: up to eight warps, and no more row groups than there are."""
-    most = warps_for(c_out, rows)
-    return [(warps, splits) for warps in (2, 4, 8) for splits in (1, 2, 4) if warps <= most and warps * splits <= 8]
+    """Row groups per block, and warps that share each: up to eight warps, and no more row groups than there are.
+
+    Two warps of 16 rows alone are left out: compilers let their sums spill, to have more blocks at once.
+    """
+    most, fewest = warps_for(c_out, rows), 4 if rows == 16 else 2
+    shapes = [(warps, splits) for warps in (2, 4, 8) for splits in (1, 2, 4)]
+    return [(warps, splits) for warps, splits in shapes if warps <= most and fewest <= warps * splits <= 8]
 
 
 def candidates(c_out: int, rows: int, steps: int) -> Iterator[Choice]:
