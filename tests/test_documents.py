@@ -208,6 +208,8 @@ def accepts(arguments):
     module = arguments[1]
     if len(arguments) == 2:  # it may take none, and would begin
         return None if importlib.util.find_spec(module) else refuse(module)
+    if module == "pytest":
+        return None if (paths.ROOT / arguments[2]).exists() else refuse(arguments[2])
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *values):
