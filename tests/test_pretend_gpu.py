@@ -17,6 +17,7 @@ from reprolib.bench import __main__ as bench
 from reprolib.bench import latency, rivals, throughput, timing
 from reprolib.experiments import profiles, run
 from reprolib.experiments.workers import train
+from reprolib.files import paths
 from reprolib.sparse import cuda
 from reprolib.sparse.cuda import backend, tuning
 
@@ -51,8 +52,8 @@ def test_a_graph_does_again_what_was_captured(gpu):
 # --- (a) The kernels' tests -------------------------------------------------------------------------------------------
 
 
-def test_tests_of_the_kernels(gpu):
-    sys.path.insert(0, "tests/sparse")
+def test_tests_of_the_kernels(gpu, monkeypatch):
+    monkeypatch.syspath_prepend(paths.ROOT / "tests" / "sparse")
     import test_cuda
 
     cuda.require()
