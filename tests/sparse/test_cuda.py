@@ -5,10 +5,12 @@ Where there is a GPU, the last section runs them on it.
 
 import dataclasses
 import functools
+import inspect
 import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -476,6 +478,39 @@ def test_emulation_catches_faults():
     ]:
         with pytest.raises(AssertionError, match=message):
             emulation.launch(kernel, (1,), 64, x, y)
+
+
+def test_what_a_launch_compiles_is_what_the_assembler_looks_at(monkeypatch):
+    """Without link-time optimisation, for as many threads; and nobody is warned of layers with few blocks."""
+    import numba
+    from numba import cuda as nb
+
+    asked = {}
+    monkeypatch.setattr(nb, "jit", lambda signature, **options: lambda kernel: asked.update(options) or kernel)
+    backend._compiled("scalar", (3, False, True), 128, device=-1)
+    assert asked == {"launch_bounds": 128, "lto": False}
+    assert numba.config.CUDA_LOW_OCCUPANCY_WARNINGS == 0
+
+
+@pytest.mark.parametrize("name", ["mma", "mma_sparse_low", "load_matrices_transposed", "load_x4", "copy_async"])
+def test_what_a_warp_does_together_is_never_moved_into_a_branch(name):
+    from numba.cuda import types
+
+    from reprolib.sparse.cuda import ptx
+
+    calls = []
+    builder = SimpleNamespace(
+        call=lambda code, arguments, attrs: calls.append(attrs), extract_value=lambda result, i: None
+    )
+    context = SimpleNamespace(
+        cast=lambda builder, value, given, wanted: value, make_tuple=lambda *_: None, get_dummy_value=lambda: None
+    )
+    instruction = getattr(ptx, name)
+    count = len(inspect.signature(instruction._defn).parameters) - 1
+    signature, generate = instruction._defn(None, *[types.int64] * count)
+    generate(context, builder, signature, [None] * count)
+    together = name.startswith(("mma", "load_matrices"))
+    assert calls == [("convergent",) if together else ()]
 
 
 # --- The kernels' code, assembled ------------------------------------------------------------------------------------
