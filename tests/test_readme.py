@@ -2,12 +2,13 @@
 
 import re
 
+import pandas as pd
 import pytest
 
 from reprolib.bench import throughput
-from reprolib.experiments import records
+from reprolib.experiments import profiles, records
 from reprolib.files import paths
-from reprolib.paper import accuracy_figures, analysis, claims, peer_figures, speed_figures
+from reprolib.paper import accuracy_figures, analysis, claims, comparisons, peer_figures, speed_figures
 
 PAGES = [paths.ROOT / "README.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
 TEXTS = {path.name: path.read_text() for path in PAGES}
@@ -53,6 +54,17 @@ def test_networks_for_a_budget_are_those_of_the_committed_tables():
     accuracy, latency = (records.read_csv(LAPTOP / name) for name in ("accuracy.csv", "latency.csv"))
     budgets_us = {1: [310, 300], 64: [8000, 4000, 2000, 1500, 1000]}
     check_lines("README.md", r"\| \d+ images?, ", speed_figures.budget_table(latency, accuracy, budgets_us), 7)
+
+
+def test_what_lifts_a_pattern_is_what_the_committed_tables_say():
+    accuracy, ablations = (records.read_csv(RESULTS / "lifts" / f"{name}.csv") for name in ("accuracy", "ablations"))
+    table = comparisons.changes_table(profiles.load("lifts"), pd.concat([accuracy, ablations]))
+    check_lines(
+        "README.md", f"\\| (?:{'|'.join(table.index)}) ", table[["hybrid", "block", "balanced", "unstructured"]], 7
+    )
+    rivals = ("hybrid", "block", "block+", "balanced", "balanced+", "unstructured", "unstructured+")
+    for comparison, points in comparisons.lifted_against(accuracy, rivals)["points"].items():
+        assert f"over {comparison.split(' − ')[1]} {points}" in TEXTS["choices.md"]
 
 
 def test_table_of_speeds_holds_the_committed_latencies():
