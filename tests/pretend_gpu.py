@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import torch
 from torch.overrides import TorchFunctionMode
 
+from reprolib.experiments import records
 from reprolib.sparse.cuda import backend
+from reprolib.training import precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NAME = "NVIDIA Pretended 1"
@@ -158,7 +160,9 @@ def pretend_gpu(monkeypatch, folder):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     monkeypatch.setattr(backend, "_finds_compiler", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    backend._gpu.cache_clear()
+    for once in (remembered := (backend._gpu, records.hardware, precision._multiplies_bf16)):
+        once.cache_clear()
     with mode:
         yield
-    backend._gpu.cache_clear()
+    for once in remembered:
+        once.cache_clear()

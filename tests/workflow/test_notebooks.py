@@ -83,7 +83,11 @@ FILES = {
     "04": [f"{name}.{kind}" for name in ("bank_block", "variations", "retraining_budget") for kind in ("svg", "png")],
     "05": [*(f"{name}.{kind}" for name in ("roofline", "latency_vs_sparsity") for kind in ("svg", "png")), *LATENCY],
     "06": ["accuracy_vs_latency.svg", "accuracy_vs_latency.png", *(f"peers.{kind}" for kind in SUFFIXES)],
-    "07": ["claims.svg", "claims.png", "claims.md", "claims.tex", "claims.csv"],
+    "07": [
+        *(f"claims.{kind}" for kind in (*SUFFIXES, "csv")),
+        "claims_at_equal_latency.svg",
+        "claims_at_equal_latency.png",
+    ],
 }
 
 
