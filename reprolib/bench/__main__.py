@@ -4,6 +4,8 @@ python -m reprolib.bench masks --threads 2
 python -m reprolib.bench latency --profile laptop --device cpu
 python -m reprolib.bench latency --peers --short
 python -m reprolib.bench training --profile laptop --device cpu
+
+On a GPU, where no profile is named, full-width VGG-16: that needs nothing that reads profiles.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 
 from reprolib.bench import latency, masks, peers
-from reprolib.experiments import profiles, records
+from reprolib.experiments import records
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime, seconds
 
@@ -27,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmarks: measure on this machine.")
     parser.add_argument("what", choices=["masks", "latency", "training"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--profile", default="laptop", help="whose networks to time or to train")
+    parser.add_argument("--profile", help="whose networks to time or to train; on a CPU laptop's if none is named")
     parser.add_argument("--device", default="cpu", choices=list(latency.BATCHES))
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--own", dest="extent", action="store_const", const="own", help="the profile's networks only")
@@ -44,13 +46,19 @@ def main() -> None:
         if arguments.what == "masks":
             masks.print_times(arguments.threads)
             return
-        profile, device = profiles.load(arguments.profile), arguments.device
-        extent = arguments.extent or "all"
-        output = arguments.output or latency.folder(profile, device) / f"{arguments.what}.csv"
+        device, extent = arguments.device, arguments.extent or "all"
+        name, profile = arguments.profile or ("laptop" if device == "cpu" else ""), None
+        if name:
+            from reprolib.experiments import profiles  # here: a GPU's image may lack what reads them
+
+            profile = profiles.load(name)
+        elif extent == "own":
+            raise ValueError("--own times the networks of a profile: name it, such as --profile paper")
+        output = arguments.output or latency.folder(name, device) / f"{arguments.what}.csv"
         apart = {"short": paths.short_latency_csv, "networks": paths.networks_latency_csv}
         apart |= {"trained": paths.trained_latency_csv}
         if extent in apart and not arguments.output:
-            output = output.with_name(apart[extent](profile.name).name)
+            output = output.with_name(apart[extent](name).name)
         if arguments.what == "latency":
             deadline = time.time() + arguments.budget
             if device != "cpu" and (arguments.peers or extent in ("networks", "trained")):
@@ -60,7 +68,13 @@ def main() -> None:
         else:
             from reprolib.bench import throughput  # here: torchvision takes seconds, whatever is asked for
 
-            table = throughput.benchmark(profile, device)
+            if device == "cuda" and not torch.cuda.is_available():
+                raise RuntimeError("no NVIDIA GPU, or no driver for it: use --device cpu")
+            dense, pattern = latency.FULL, latency.PATTERNS[throughput.PRUNED]
+            if profile:
+                dense = profile.dense(profile.datasets[0], 0)
+                pattern = profile.settings(throughput.PRUNED)["pattern"]
+            table = throughput.benchmark(dense, pattern, device)
             print(throughput.speed_table(table).to_markdown(index=False))
             records.write_csv(output, table)
         print(f"written: {output}")

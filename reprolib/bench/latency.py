@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
@@ -35,18 +35,20 @@ from reprolib.bench.rivals import (
 )
 from reprolib.bench.timing import Contender, measure
 from reprolib.experiments import Channels, Dense, records
-from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime
 from reprolib.sparse import cuda
-from reprolib.training import data
+from reprolib.training import Recipe, data
+
+if TYPE_CHECKING:  # a GPU is timed without profiles, too, and so without what reads them
+    from reprolib.experiments.profiles import Profile
 
 BATCHES = {"cpu": (1, 16, 64), "cuda": (128, 1, 1024)}  # the most telling first
 SEEDS = 5  # networks per pattern and sparsity: the intervals of claim 4 are over them
 CIFAR_SIDE = 32  # pixels
 CONTEST = ["scope", "name", "batch", "seed"]  # what is measured together
 
-FULL = {"dataset": "cifar10", "model": "vgg16", "width": 1.0, "hidden": ()}  # the network of the survey
+FULL = Dense("cifar10", Recipe(epochs=1, precision="bf16"))  # the network of the survey: VGG-16 of full width
 
 # The survey, at full width. Balanced(64) is the shortest bank that expresses all sparsities.
 PATTERNS = {
@@ -112,14 +114,15 @@ class Contest:
 
 
 def benchmark(
-    profile: Profile,
+    profile: Profile | None,
     device: str,
     extent: str,
     output: Path,
     deadline: float = math.inf,
     peers: Peers | None = None,
 ) -> None:
-    """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too.
+    """Latencies as a CSV table: of the networks of the `extent`, and of `peers` that run whole networks, too. Without a
+    profile they are those of the survey alone.
 
     ``own``: the profile's networks, untrained; ``all``: also full-width VGG-16, its layers, and other numbers of
     threads; ``short``: of those only full-width VGG-16, one sparsity; ``networks``: ResNets for larger images instead;
@@ -143,7 +146,12 @@ def benchmark(
         cuda.require()
     where = {"commit": records.commit(), "hardware": records.hardware(device), "threads": torch.get_num_threads()}
     where |= {"torch": torch.__version__}
-    asked = {"device": device, "extent": extent, "specs": profile_specs(profile), "peers": str(peers)}
+    asked = {
+        "device": device,
+        "extent": extent,
+        "specs": profile_specs(profile) if profile else (),
+        "peers": str(peers),
+    }
     asked = records.fingerprint(asked)  # other peers are other contests: who is timed together stands in one table
     partial_path = output.with_name(f"{output.name}.{asked}.partial")
     table = _continued(partial_path, where)
@@ -210,17 +218,16 @@ def _best_dense_us(rows: pd.DataFrame, device: str) -> float:
     return rows.loc[dense & (rows["implementation"] != SPARSE), "latency_us"].min()
 
 
-def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = None) -> Iterator[Contest]:
+def _contests(profile: Profile | None, device: str, extent: str, peers: Peers | None = None) -> Iterator[Contest]:
     """Every network or layer, batch and seed; what tells most first. The batches of a network follow one another."""
     batches = BATCHES[device]
-    own_network = profile.dense(profile.datasets[0], 0)
-    full_network = replace(own_network, **FULL)
+    own_network, own = (profile.dense(profile.datasets[0], 0), profile_specs(profile)) if profile else (FULL, ())
     side = data.shape(own_network.dataset)[1]
-    is_full = side == CIFAR_SIDE and replace(own_network, dataset=FULL["dataset"]) == full_network
-    survey, own = extent == "all", profile_specs(profile)
+    is_full = side == CIFAR_SIDE and replace(own_network, dataset=FULL.dataset, recipe=FULL.recipe) == FULL
+    survey = extent == "all"
 
     def network(dense: Dense, seed: int, batch: int, specs: Specs, scope: str = "network") -> Contest:
-        most = seed == 0 and (is_full or dense is full_network)
+        most = seed == 0 and (is_full or dense is FULL)
         others = {"others": peers, "pruned_peers": most} if scope == "network" else {}
         prepare = partial(network_contenders, replace(dense, seed=seed), batch, device, specs, **others)
         effort = effort_s(_size(dense), batch, device, len(specs), batch != batches[0])
@@ -228,8 +235,8 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
 
     if extent == "short":
         specs = tuple(spec for spec in SURVEY if spec[-1] == SHORT_SPARSITY)
-        yield from (network(full_network, 0, batch, specs) for batch in batches)
-        yield from _conditions(full_network, device)
+        yield from (network(FULL, 0, batch, specs) for batch in batches)
+        yield from _conditions(FULL, device)
         return
     if extent == "networks":
         yield from _larger_networks(device, peers)
@@ -238,7 +245,7 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
         yield from _trained(profile, peers)
         return
     if survey:
-        yield network(own_network, 0, batches[0], first_look(own), "first look")
+        yield network(own_network, 0, batches[0], first_look(own or SURVEY), "first look")
     if survey and is_full:  # one network, one list: what the profile times already is not timed again
         timed = {(pattern, sparsity) for pattern, _, sparsity in own}
         own += tuple(
@@ -246,7 +253,7 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
         )
     yield from (network(own_network, 0, batch, own) for batch in batches)
     if survey and not is_full:
-        yield from (network(full_network, 0, batch, SURVEY) for batch in batches)
+        yield from (network(FULL, 0, batch, SURVEY) for batch in batches)
     for seed, batch in itertools.product(range(1, SEEDS), batches):
         yield network(own_network, seed, batch, own)
     if not survey:
@@ -259,7 +266,7 @@ def _contests(profile: Profile, device: str, extent: str, peers: Peers | None = 
         yield Contest(
             name | {"device": device}, partial(layer_contenders, c_in, c_out, size, batch, device, SURVEY), effort
         )
-    yield from _conditions(full_network, device)
+    yield from _conditions(FULL, device)
     name = {"scope": "ceiling", "name": "arithmetic and memory", "width": 1.0, "batch": 1, "seed": 0, "device": device}
     yield Contest(name, partial(ceilings, device))
 
@@ -342,10 +349,10 @@ def profile_specs(profile: Profile) -> Specs:
     return tuple(dict.fromkeys(timed))
 
 
-def folder(profile: Profile, device: str) -> Path:
+def folder(profile_name: str, device: str) -> Path:
     """``results/<profile>`` for the CPU; for a GPU ``results/<model>``, such as ``results/h100``."""
     if device == "cpu":
-        return paths.results(profile.name)
+        return paths.results(profile_name)
     words = records.hardware(device).split()
     model = next((word for word in words if re.search(r"\d", word)), words[-1])
     return paths.results(model.lower())

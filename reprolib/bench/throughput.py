@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from reprolib import experiments, pruning
-from reprolib.experiments import records
-from reprolib.experiments.profiles import Profile
-from reprolib.models import layer_flops
+from reprolib import experiments, models, pruning
+from reprolib.experiments import Dense, records
 from reprolib.training import Recipe, data, fit
 from reprolib.training.data import Dataset
 from reprolib.training.precision import PRECISIONS, usable
@@ -39,7 +37,7 @@ EPOCHS = {"cpu": (1, 2), "cuda": (1, 5)}  # of the shorter and the longer run
 ROUNDS = 3
 PATIENCE_S = 600  # of a network that waits for those beside it
 SIDE_BY_SIDE = {"cpu": (1, CORES), "cuda": (1, 2, 4)}  # networks
-PRUNED = "hybrid", 0.95
+PRUNED, SPARSITY = "hybrid", 0.95
 PLAIN, OURS = "plain", "reprolib"
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}
 PEAK_ROUNDS = 9
@@ -50,13 +48,13 @@ class Case:
     """One thing to time: a loop, what it trains, and how many networks of it side by side on how many threads each."""
 
     loop: str
-    pattern: str
+    trains: str
     networks: int
     threads: int
 
 
-def benchmark(profile: Profile, device: str) -> pd.DataFrame:
-    """Training speed of the profile's network, dense and pruned, by both loops, alone and side by side.
+def benchmark(dense: Dense, pattern: str, device: str) -> pd.DataFrame:
+    """Training speed of a network, dense and pruned by a pattern, by both loops, alone and side by side.
 
     Columns: name, width, dataset, device, loop (plain or reprolib), pattern, precision, batch, networks (side by side),
     threads (of each), images_per_s (of all networks together), tflop_per_s (of dense training: 2 per multiply-add,
@@ -64,33 +62,35 @@ def benchmark(profile: Profile, device: str) -> pd.DataFrame:
     share_of_peak, convolutions_share (of the time of a step; reprolib, one network), kind (measured), commit, hardware,
     torch.
     """
-    cases = [Case(PLAIN, pattern, 1, CORES) for pattern in ("dense", PRUNED[0])]
-    for pattern, networks in itertools.product(("dense", PRUNED[0]), sorted(set(SIDE_BY_SIDE[device]))):
-        cases.append(Case(OURS, pattern, networks, max(1, CORES // networks)))
-    flops = training_flops(experiments.untrained(profile.dense(profile.datasets[0], 0)))
-    ours, plain = usable(profile.recipe.precision, device), "fp32" if device == "cpu" else "tf32"  # torch's defaults
+    cases = [Case(PLAIN, trains, 1, CORES) for trains in ("dense", PRUNED)]
+    for trains, networks in itertools.product(("dense", PRUNED), sorted(set(SIDE_BY_SIDE[device]))):
+        cases.append(Case(OURS, trains, networks, max(1, CORES // networks)))
+    flops = training_flops(experiments.untrained(dense))
+    ours, plain = usable(dense.recipe.precision, device), "fp32" if device == "cpu" else "tf32"  # torch's defaults
     peaks = {precision: peak_flop_per_s(device, precision) for precision in {plain, ours}}
     rows = []
     for case in tqdm(cases, desc=f"training on {device}", unit="case"):
         precision = plain if case.loop == PLAIN else ours
-        speed = images_per_s(profile, device, case)
+        speed = images_per_s(dense, pattern, device, case)
         rows.append(
             {
-                "name": f"VGG-16 ×{profile.width:g}",
-                "width": profile.width,
-                "dataset": profile.datasets[0],
+                "name": models.title(dense.model, dense.width),
+                "width": dense.width,
+                "dataset": dense.dataset,
                 "device": device,
                 "loop": case.loop,
-                "pattern": case.pattern,
+                "pattern": case.trains,
                 "precision": precision,
-                "batch": profile.recipe.batch_size,
+                "batch": dense.recipe.batch_size,
                 "networks": case.networks,
                 "threads": case.threads,
                 "images_per_s": speed,
                 "tflop_per_s": speed * flops / 1e12,
                 "peak_tflop_per_s": peaks[precision] / 1e12,
                 "share_of_peak": speed * flops / peaks[precision],
-                "convolutions_share": convolutions_share(profile, case) if _has_share(case, device) else math.nan,
+                "convolutions_share": convolutions_share(dense, pattern, case)
+                if _has_share(case, device)
+                else math.nan,
             }
         )
     where = {
@@ -125,7 +125,7 @@ def _has_share(case: Case, device: str) -> bool:
 
 def training_flops(model: nn.Module) -> int:
     """FLOPs of one image in training: forward, gradient of the input (not of the image) and gradient of the weight."""
-    flops = list(layer_flops(model).values())
+    flops = list(models.layer_flops(model).values())
     return 3 * sum(flops) - flops[0]
 
 
@@ -149,12 +149,13 @@ def peak_flop_per_s(device: str, precision: str) -> float:
 # --- Timing ---------------------------------------------------------------------------------------------------------
 
 
-def images_per_s(profile: Profile, device: str, case: Case) -> float:
+def images_per_s(dense: Dense, pattern: str, device: str, case: Case) -> float:
     """Images per second of all networks of a case together: the slowest of them counts."""
     context = multiprocessing.get_context("spawn")
     barrier, times = context.Barrier(case.networks), context.SimpleQueue()
     processes = [
-        context.Process(target=_timed, args=(profile, device, case, barrier, times)) for _ in range(case.networks)
+        context.Process(target=_timed, args=(dense, pattern, device, case, barrier, times))
+        for _ in range(case.networks)
     ]
     for process in processes:
         process.start()
@@ -164,14 +165,14 @@ def images_per_s(profile: Profile, device: str, case: Case) -> float:
         raise RuntimeError(f"timing of {case} failed: see the error above")
     slowest_s = max(times.get() for _ in processes)
     fewer, more = EPOCHS[device]
-    return case.networks * (more - fewer) * STEPS[device] * profile.recipe.batch_size / slowest_s
+    return case.networks * (more - fewer) * STEPS[device] * dense.recipe.batch_size / slowest_s
 
 
-def _timed(profile: Profile, device: str, case: Case, barrier, times) -> None:
+def _timed(dense: Dense, pattern: str, device: str, case: Case, barrier, times) -> None:
     """Put the seconds that the longer run takes more than the shorter one into `times`, the median of some rounds."""
     try:
         torch.set_num_threads(case.threads)
-        train = _loop(profile, device, case)
+        train = _loop(dense, pattern, device, case)
         train(1)  # whatever happens once in a process
         more = []
         for _ in range(ROUNDS):
@@ -189,9 +190,9 @@ def _timed(profile: Profile, device: str, case: Case, barrier, times) -> None:
         raise
 
 
-def convolutions_share(profile: Profile, case: Case) -> float:
+def convolutions_share(dense: Dense, pattern: str, case: Case) -> float:
     """Share of the time of training on a CPU that convolutions take, forward and backward, as torch's profiler says."""
-    train = _loop(profile, "cpu", case)
+    train = _loop(dense, pattern, "cpu", case)
     train(1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         train(1)
@@ -207,17 +208,16 @@ def _synchronize(device: str) -> None:
 # --- The loops ------------------------------------------------------------------------------------------------------
 
 
-def _loop(profile: Profile, device: str, case: Case) -> Callable[[int], object]:
+def _loop(dense: Dense, pattern: str, device: str, case: Case) -> Callable[[int], object]:
     """A function that trains a new network for so many epochs by the loop of the case."""
-    recipe = profile.recipe
-    dataset = random_images(profile.datasets[0], STEPS[device] * recipe.batch_size)
-    model = experiments.untrained(profile.dense(profile.datasets[0], 0))
+    recipe = dense.recipe
+    dataset = random_images(dense.dataset, STEPS[device] * recipe.batch_size)
+    model = experiments.untrained(dense)
     if case.loop != PLAIN:
         model, dataset = model.to(device, memory_format=torch.channels_last), dataset.to(device)
     pruner = None
-    if case.pattern != "dense":
-        pattern = profile.settings(PRUNED[0])["pattern"]
-        pruner = pruning.Pruner(model, pattern, PRUNED[1], steps=1, schedule="one-shot")
+    if case.trains != "dense":
+        pruner = pruning.Pruner(model, pattern, SPARSITY, steps=1, schedule="one-shot")
     if case.loop == PLAIN:
         masks = {name: mask.to(device) for name, mask in pruner.masks.items()} if pruner else {}
         return lambda epochs: plain_fit(model.to(device), dataset, replace(recipe, epochs=epochs), masks)

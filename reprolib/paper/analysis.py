@@ -8,7 +8,7 @@ from reprolib import models
 from reprolib.bench.latency import FULL
 from reprolib.bench.rivals import COPY_NUMBERS, PRODUCT_SIDE, SPARSE
 
-SURVEYED = models.title(FULL["model"], FULL["width"])
+SURVEYED = models.title(FULL.model, FULL.width)
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SPEEDS = ["latency_us", "latency_q1_us", "latency_q3_us", "speedup", "speedup_q1", "speedup_q3"]
 

@@ -438,11 +438,21 @@ def test_survey_joins_the_networks_of_a_full_width_profile():
     assert ("balanced", "Balanced(96)", 0.9) in specs and ("balanced", "Balanced(64)", 0.75) in specs
 
 
+def test_without_a_profile_the_survey_alone_is_timed():
+    first, *contests = latency._contests(None, "cuda", "all")
+    assert first.prepare.args[-1] == (("hybrid", latency.PATTERNS["hybrid"], 0.9),)
+    assert {(c.name["scope"], c.name["width"]) for c in contests} == {("network", 1), ("layer", 1), ("ceiling", 1)}
+    networks = [c for c in contests if c.name["scope"] == "network"]
+    assert len(networks) == latency.SEEDS * len(latency.BATCHES["cuda"])
+    assert {c.prepare.args[-1] for c in networks} == {latency.SURVEY}
+    short = list(latency._contests(None, "cuda", "short"))
+    assert [c.name["batch"] for c in short] == list(latency.BATCHES["cuda"])
+
+
 def test_gpu_results_lie_below_the_name_of_the_gpu(monkeypatch):
     monkeypatch.setattr(latency.records, "hardware", lambda device: "NVIDIA H100 80GB HBM3")
-    profile = profiles.load("quick")
-    assert latency.folder(profile, "cuda").name == "h100"
-    assert latency.folder(profile, "cpu").name == "quick"
+    assert latency.folder("paper", "cuda").name == latency.folder("", "cuda").name == "h100"
+    assert latency.folder("quick", "cpu").name == "quick"
 
 
 def test_cuda_without_a_gpu_says_what_is_missing(tmp_path):

@@ -15,7 +15,7 @@ from reprolib.experiments import profiles
 from reprolib.training import Recipe
 from reprolib.training.data import Split
 
-CASES = [Case(loop, pattern, 1, 1) for loop in (OURS, PLAIN) for pattern in ("dense", "hybrid")]
+CASES = [Case(loop, trains, 1, 1) for loop in (OURS, PLAIN) for trains in ("dense", "hybrid")]
 
 
 def test_training_costs_three_passes_without_the_gradient_of_the_image():
@@ -24,18 +24,20 @@ def test_training_costs_three_passes_without_the_gradient_of_the_image():
     assert throughput.training_flops(model) == 2 * 221_184 + 3 * 81_920
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.loop}-{case.pattern}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.loop}-{case.trains}")
 def test_loops_train_the_networks_that_they_name(case, monkeypatch):
     monkeypatch.setitem(throughput.STEPS, "cpu", 2)
     networks = []
     untrained = experiments.untrained
     monkeypatch.setattr(experiments, "untrained", lambda dense: networks.append(untrained(dense)) or networks[-1])
-    train = throughput._loop(profiles.load("quick"), "cpu", case)
+    profile = profiles.load("quick")
+    dense = profile.dense(profile.datasets[0], 0)
+    train = throughput._loop(dense, profile.settings("hybrid")["pattern"], "cpu", case)
     before = networks[0][0].weight.detach().clone()
     train(1)
     assert not torch.equal(networks[0][0].weight, before)
     share = (networks[0][3].weight == 0).float().mean().item()
-    assert share == pytest.approx(0.95 if case.pattern == "hybrid" else 0.0, abs=0.02)
+    assert share == pytest.approx(0.95 if case.trains == "hybrid" else 0.0, abs=0.02)
 
 
 def test_plain_loop_learns(few_digits, small_net):

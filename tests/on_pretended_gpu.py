@@ -1,27 +1,28 @@
 """The three runs of a first day on a GPU, on a GPU that is pretended: no line may fail on a slip of the pen.
 
-The kernels' own tests; the benches, end to end and layer by layer; training, its speed and a profile.
+The kernels' own tests; the benches, end to end and layer by layer; training, its speed and a profile. `test_gpu_image`
+runs all of this, as on a machine that has what a GPU's image has and no more.
 """
 
 import inspect
+import re
 import sys
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
-from pretend_gpu import NAME, pretend_gpu
+from pretended_gpu import NAME, pretend_gpu
 from torch.sparse import _triton_ops, _triton_ops_meta
 
 from reprolib.bench import __main__ as bench
 from reprolib.bench import latency, rivals, throughput, timing
-from reprolib.experiments import profiles, run
-from reprolib.experiments.workers import train
+from reprolib.experiments import Dense, Pruned, epochs_done, run
 from reprolib.files import paths
+from reprolib.files.deadline import OutOfTime
 from reprolib.sparse import cuda
 from reprolib.sparse.cuda import backend, tuning
-
-NARROW = {"width": 1 / 16}
+from reprolib.training import Recipe
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def small(monkeypatch):
     monkeypatch.setattr(rivals, "INPUTS", 1)
     monkeypatch.setattr(tuning, "TRIED", 2)
     monkeypatch.setattr(backend, "TIMINGS", 1)
-    monkeypatch.setattr(latency, "FULL", latency.FULL | NARROW)
+    monkeypatch.setattr(latency, "FULL", replace(latency.FULL, width=1 / 16))
     monkeypatch.setattr(latency, "LAYERS", [(32, 32, 4)])
     monkeypatch.setattr(timing, "ROUNDS", 2)
     monkeypatch.setitem(rivals.PRODUCT_SIDE, "cuda", 64)
@@ -94,10 +95,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("extent", ["short", "all"])
 def test_benches_of_latency(gpu, small, monkeypatch, capsys, extent):
     output = gpu / "latency.csv"
-    profile = profiles.load("quick")
-    methods = {name: profile.methods[name] | {"sparsities": [0.96]} for name in ("hybrid", "unstructured")}
-    monkeypatch.setattr(profiles, "load", lambda name: replace(profile, methods=methods, width=1 / 16))
-    command = ["latency", "--profile", "quick", "--device", "cuda", "--output", str(output), "--budget", "9m"]
+    command = ["latency", "--device", "cuda", "--output", str(output), "--budget", "9m"]
     monkeypatch.setattr(sys, "argv", ["bench", *command, *["--short"] * (extent == "short")])
     bench.main()
     rows = pd.read_csv(output)
@@ -146,18 +144,36 @@ def test_speed_of_training(gpu, monkeypatch):
     loader = torch.utils.data.DataLoader
     alone = {"pin_memory": False, "num_workers": 0, "persistent_workers": False}
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, **options: loader(*args, **options | alone))
-    profile = profiles.load("quick")
-    profile = replace(profile, recipe=replace(profile.recipe, batch_size=8))
-    rows = throughput.benchmark(profile, "cuda")
-    assert set(rows["precision"]) == {"tf32", "fp32"} and set(rows["hardware"]) == {NAME}
+    monkeypatch.setattr(
+        latency, "FULL", replace(latency.FULL, recipe=Recipe(1, batch_size=8, precision="bf16"), width=1 / 16)
+    )
+    monkeypatch.setattr(sys, "argv", ["bench", "training", "--device", "cuda"])
+    bench.main()
+    rows = pd.read_csv(gpu / "results" / "1" / "training.csv")
+    assert set(rows["precision"]) == {"tf32", "bf16"} and set(rows["hardware"]) == {NAME}
     assert len(throughput.speed_table(rows)) == len(rows)
 
 
 def test_a_profile_trains(gpu):
-    """Its first networks, dense and pruned, with the steps that a GPU captures."""
+    """All its kinds of networks but sizes of banks, with the steps that a GPU captures. Needs what reads profiles."""
+    from reprolib.experiments import profiles
+    from reprolib.experiments.workers import train
+
     profile = profiles.load("quick-dry-run")
-    runs = gpu / "runs"
-    for experiment in profile.plan()[:3]:
-        record = run(experiment, runs)
-        assert record["row"]["hardware"] == NAME
-    assert train(profile.plan()[:3], runs, workers=1, threads=1) == []
+    named = profile.reported() | profile.asked("ablations")
+    plan = [e for e, name in named.items() if getattr(e, "dense", e).seed == 0 and not re.search("bank|retrain", name)]
+    plan = [experiment for experiment in plan if getattr(experiment, "sparsity", 0.96) == 0.96]
+    for experiment in plan:
+        assert run(experiment, gpu / "runs")["row"]["hardware"] == NAME
+    assert train(plan, gpu / "runs", workers=1, threads=1) == []
+
+
+def test_training_stops_in_time_and_goes_on(gpu):
+    dense = Dense("noisy-digits", Recipe(epochs=2, batch_size=8, precision="bf16"), width=1 / 16, images=16)
+    hybrid = Pruned(dense, "Balanced(4) & Block(4, 4)", 0.9, epochs=2, distillation=0.5)
+    for experiment in (dense, hybrid):
+        with pytest.raises(OutOfTime):
+            run(experiment, gpu / "runs", deadline=0.0)
+        assert 0 < epochs_done(experiment, gpu / "runs") < 2
+        stopped = run(experiment, gpu / "runs")["row"]
+        assert stopped["accuracy_pct"] == run(experiment, gpu / "whole")["row"]["accuracy_pct"]

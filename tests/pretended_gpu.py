@@ -4,17 +4,18 @@
 
 Tensors that are moved to ``cuda`` stay where they are and say that they are there, and so does all that comes of them;
 streams are one; a graph does again, when it is replayed, what was done while it was captured, except for steps of
-training; `torch.compile` compiles nothing. The CUDA kernels compute what their specification in NumPy says.
+training; `torch.compile` compiles nothing. A launch of a CUDA kernel computes what the specification in NumPy says.
 """
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from reprolib.experiments import records
-from reprolib.sparse.cuda import backend
+from reprolib.sparse.cuda import backend, packing
 from reprolib.training import precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -84,6 +85,42 @@ def _mark(value):
         value._on_gpu = True
 
 
+class _Kernels:
+    """Stands for `backend.launch`: the sums of slices stay here until they are added up."""
+
+    def __init__(self, mode):
+        self.mode, self.sums = mode, {}
+
+    def launch(self, name, sizes, grid, threads, *arguments):
+        assert min(grid) > 0 and max(grid[1:], default=0) <= backend.LARGEST_GRID and 32 <= threads <= 1024
+        graph, self.mode.graph = self.mode.graph, None
+        getattr(self, name)(*sizes, *arguments)
+        self.mode.graph = graph
+        if graph:
+            graph.calls.append((getattr(self, name), (*sizes, *arguments), {}, None))
+
+    def tensor_core(self, tile, x, y, weights, metadata, columns, schedule, bias, c_in, h, w, c_out, groups, halo, n):
+        packed = packing.Packed(weights.numpy(), metadata.numpy().view(np.uint32), columns.numpy(), schedule.numpy())
+        parts = (
+            packing.tensor_core_spec(x.numpy(), packed, tile.taps, c_out, tile.warps, piece, n, tile.splits)
+            for piece in range(n)
+        )
+        self.sums[y.data_ptr()] = sum(parts)
+        if n == 1:
+            self._finish(y, y, bias, tile, halo)
+
+    def reduce(self, tile, sums, y, bias, n, blocks, row_blocks, groups, c_out, h, w, halo):
+        self._finish(sums, y, bias, tile, halo)
+
+    def scalar(self, taps, pool, relu, x, y, weights, columns, starts, bias, c_in, h, w, c_out, groups, halo):
+        self.sums[y.data_ptr()] = packing.scalar_spec(x.numpy(), weights.numpy(), columns.numpy(), starts.numpy(), taps)
+        self._finish(y, y, bias, SimpleNamespace(pool=pool, relu=relu), halo)
+
+    def _finish(self, partial, y, bias, tile, halo):
+        sums = self.sums.pop(partial.data_ptr())
+        y.copy_(torch.from_numpy(packing.epilogue_spec(sums, bias.numpy(), tile.relu, tile.pool, halo)))
+
+
 class _Graph:
     def __init__(self):
         self.calls = []
@@ -146,6 +183,7 @@ def pretend_gpu(monkeypatch, folder):
         "synchronize": lambda device=None: None,
         "current_stream": lambda device=None: stream,
         "stream": lambda which: nullcontext(),
+        "device": lambda which: nullcontext(),
         "graph_pool_handle": lambda: (0, 1),
         "graph": capture,
         "device_count": lambda: 1,
@@ -159,6 +197,9 @@ def pretend_gpu(monkeypatch, folder):
         monkeypatch.setattr(torch.cuda, name, replacement)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     monkeypatch.setattr(backend, "_finds_compiler", lambda: True)
+    monkeypatch.setattr(backend, "launch", _Kernels(mode).launch)
+    operator, on_gpu = torch.ops.reprolib.sparse_conv, backend._sparse_conv._init_fn
+    monkeypatch.setattr(torch.ops.reprolib, "sparse_conv", lambda x, *a: (on_gpu if x.is_cuda else operator)(x, *a))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     for once in (remembered := (backend._gpu, records.hardware, precision._multiplies_bf16)):
         once.cache_clear()
