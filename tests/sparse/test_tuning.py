@@ -1,6 +1,7 @@
 """How CUDA layers are cut: what a block has to do, which way the model prefers, and that a timing is made once."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,6 +63,27 @@ def test_the_model_cuts_finer_where_there_are_fewer_blocks(groups, height, expec
     plan = cuda.plan(weight, torch.zeros(512), device="cpu")
     best, *_ = plan.ordered(groups, height, height, H100)
     assert {"slices": best.slices > 1, "splits": best.splits > 1} == expected
+
+
+@pytest.mark.parametrize(("channels", "size"), [(128, 16), (512, 4)])
+def test_two_of_four_in_blocks_is_the_hybrid_that_costs_no_more_than_blocks(channels, size):
+    """At equal sparsity and 1024 images, by the model: the paper's hybrid multiplies what its blocks alone would."""
+
+    def estimate_us(spec):
+        weight = torch.randn(channels, channels, 3, 3, generator=torch.Generator().manual_seed(0))
+        plan = cuda.plan(weight * parse(spec).mask(weight, 0.9), torch.zeros(channels), device="cpu")
+        best, *_ = plan.ordered(128, size, size, H100)
+        tile, (_, work) = plan.tile(size, size, best), plan.packed(best.warps, best.splits)
+        count = math.prod(backend.blocks(tile, channels, 128, size, size))
+        return tuning.estimate_us(tile, work, count, best.slices, H100)
+
+    block = estimate_us("Block(32, 32)")
+    assert (
+        estimate_us("NM(2, 4) & Block(32, 32)")
+        <= 1.01 * block
+        < 1.5 * block
+        < estimate_us("Balanced(16) & Block(32, 32)")
+    )
 
 
 def test_more_work_takes_longer_and_more_multiprocessors_less():
