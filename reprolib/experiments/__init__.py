@@ -15,9 +15,10 @@ from reprolib.experiments.running import (
     is_done,
     load_model,
     run,
+    set_aside_damaged,
     take_over,
     untrained,
 )
 
-__all__ = ["CHECKPOINT", "Channels", "Dense", "Pruned"]
-__all__ += ["check_target", "epochs", "epochs_done", "is_done", "load_model", "run", "take_over", "untrained"]
+__all__ = ["CHECKPOINT", "Channels", "Dense", "Pruned", "check_target", "epochs", "epochs_done", "is_done"]
+__all__ += ["load_model", "run", "set_aside_damaged", "take_over", "untrained"]

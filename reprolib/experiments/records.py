@@ -15,21 +15,26 @@ import pandas as pd
 import torch
 
 from reprolib.files import paths
-from reprolib.files.atomic import write_atomically
+from reprolib.files.atomic import sound, write_atomically
 from reprolib.files.processes import environment
 
 
 def write(path: Path, record: dict) -> None:
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    """Write a record, atomically, with a fingerprint of itself."""
+    record = json.loads(json.dumps(record))
+    write_atomically(path, json.dumps({"fingerprint": fingerprint(record)} | record, indent=1) + "\n")
 
 
 def read(path: Path) -> dict:
-    """Read a record. Raises ValueError if the file is damaged."""
+    """Read a record. Raises ValueError if it is not whole: no record, or not what its fingerprint says."""
     try:
         record = json.loads(path.read_text())
-        record["row"]["run_id"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"the record {path} is damaged: delete its folder and run again") from None
+        own = record.pop("fingerprint", None)  # those of former versions have none
+        whole = {"experiment", "row", "curve", "provenance"} <= record.keys() and "accuracy_pct" in record["row"]
+        if not whole or record["row"]["run_id"] != path.parent.name or own not in (None, fingerprint(record)):
+            raise KeyError
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"the record {path} is damaged: make reproduce writes it anew") from None
     return record
 
 
@@ -41,10 +46,10 @@ def fingerprint(value: dict) -> str:
 def update(path: Path, rows: pd.DataFrame, asked: list[str]) -> None:
     """Write a table of results in a fixed order of rows; a file that would not change is left alone.
 
-    Rows of the table that is there already stay where `asked` names their run_id and `rows` has none of it.
+    Rows of the table that is there already stay where `asked` names their run_id and `rows` has none of it. A damaged
+    table is set aside.
     """
-    if path.exists():
-        kept = read_csv(path)
+    if (kept := sound(path, _networks)) is not None:
         rows = pd.concat([rows, kept[kept["run_id"].isin(asked)]], ignore_index=True)
     if rows.empty:
         return
@@ -69,8 +74,16 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"no results in {path}: make reproduce computes them")
     try:
         return pd.read_csv(path, dtype={"commit": str, "run_id": str})  # a hash may look like a number
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"the table {path} is damaged ({error}): make reproduce writes it anew") from None
+
+
+def _networks(path: Path) -> pd.DataFrame:
+    """A table with a row for each network, as `read_csv`."""
+    table = read_csv(path)
+    if missing := {"run_id", "dataset", "pattern", "seed"} - set(table):
+        raise ValueError(f"the table {path} is damaged (it lacks {', '.join(sorted(missing))})")
+    return table
 
 
 # --- Provenance -----------------------------------------------------------------------------------------------------

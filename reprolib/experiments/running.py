@@ -18,13 +18,13 @@ from reprolib import models, pruning, training
 from reprolib.experiments import records
 from reprolib.experiments.definitions import Channels, Dense, Pruned
 from reprolib.files import tensors
-from reprolib.files.atomic import write_atomically
+from reprolib.files.atomic import sound, write_atomically
 from reprolib.patterns import Balanced, Pattern, fitting_bank, parse, sizes
 from reprolib.training import data, precision
 
 TOLERANCE = 0.005  # half a point: how far achieved sparsity may lie from its target
 RETRAINING_SEED = 1_000_000  # added to the seed: retraining draws other images than training, the same for all patterns
-CHECKPOINT = "checkpoint.safetensors"
+RECORD, WEIGHTS, CHECKPOINT = "record.json", "weights.safetensors", "checkpoint.safetensors"
 CHANNELS_BY = "Torch-Pruning"
 
 
@@ -33,19 +33,23 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
 
     The folder of a run holds ``record.json`` and the network's ``weights.safetensors`` (`reprolib.files.tensors`);
     while it trains, and when it was stopped, ``checkpoint.safetensors``, from which it goes on. Two processes that ask
-    for the same experiment compute it once: the second waits. Raises deadline.OutOfTime when `time.time()` passes
-    `deadline`, ValueError for what can't be computed as asked, and OSError where the folder can't be written.
+    for the same experiment compute it once: the second waits. A damaged file is set aside, and computed anew. Raises
+    deadline.OutOfTime when `time.time()` passes `deadline`, ValueError for what can't be computed as asked, and OSError
+    where the folder can't be written.
     """
-    path = folder / experiment.run_id / "record.json"
-    if path.exists():
-        return records.read(path)
+    path = folder / experiment.run_id / RECORD
+    if record := sound(path, records.read):
+        return record
     if not isinstance(experiment, Dense):
         run(experiment.dense, folder, deadline)
+        if not _sound_weights(experiment.dense, folder):
+            run(experiment.dense, folder, deadline)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
-        if path.exists():
-            return records.read(path)
+        if record := sound(path, records.read):
+            return record
         checkpoint = path.parent / CHECKPOINT
+        sound(checkpoint, tensors.read)
         for unfinished in path.parent.glob(".*.safetensors.*"):  # of a process that was ended while it wrote
             unfinished.unlink()
         started = time.perf_counter() - training.position(checkpoint).wall_time_s
@@ -57,7 +61,7 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
             case _:
                 compute = _run_pruned
         row, curve, model = compute(experiment, folder, checkpoint=checkpoint, deadline=deadline)
-        tensors.write(path.parent / "weights.safetensors", model.state_dict())
+        tensors.write(path.parent / WEIGHTS, model.state_dict())
         record = {
             "experiment": dataclasses.asdict(experiment),
             "row": {"run_id": experiment.run_id} | row,
@@ -70,8 +74,24 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
         return records.read(path)
 
 
+def _sound_weights(dense: Dense, folder: Path) -> bool:
+    """Whether the network of a dense experiment can be read; damaged weights are set aside, with its record."""
+    place = folder / dense.run_id
+    with FileLock(place / ".lock"):
+        if not (place / WEIGHTS).exists() or sound(place / WEIGHTS, tensors.read) is not None:
+            return True  # who needs missing ones is told
+        (place / RECORD).replace(place / f"{RECORD}.damaged")
+        return False
+
+
 def is_done(experiment: Dense | Pruned | Channels, folder: Path) -> bool:
-    return (folder / experiment.run_id / "record.json").exists()
+    return (folder / experiment.run_id / RECORD).exists()
+
+
+def set_aside_damaged(plan: Iterable[Dense | Pruned | Channels], folder: Path) -> None:
+    """Set aside the damaged records of a plan's experiments, which are then done no more; a line says so of each."""
+    for experiment in plan:
+        sound(folder / experiment.run_id / RECORD, records.read)
 
 
 def take_over(experiment: Dense | Pruned | Channels, folder: Path, others: Iterable[Path]) -> bool:
@@ -79,7 +99,7 @@ def take_over(experiment: Dense | Pruned | Channels, folder: Path, others: Itera
     source = next((other for other in others if is_done(experiment, other)), None)
     if source is None:
         return False
-    for name in ("weights.safetensors", "record.json"):  # the record last: with it, the network is done
+    for name in (WEIGHTS, RECORD):  # the record last: with it, the network is done
         write_atomically(folder / experiment.run_id / name, (source / experiment.run_id / name).read_bytes())
     return True
 
@@ -101,7 +121,7 @@ def epochs_done(experiment: Dense | Pruned | Channels, folder: Path) -> float:
 
 def load_model(experiment: Dense | Pruned | Channels, folder: Path) -> nn.Module:
     """The trained network of an experiment that has been run, in eval mode on the training device."""
-    path = folder / experiment.run_id / "weights.safetensors"
+    path = folder / experiment.run_id / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"no weights {path}: delete {path.parent} and run the experiment again")
     dense = experiment if isinstance(experiment, Dense) else experiment.dense

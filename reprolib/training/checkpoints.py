@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reprolib.files.atomic import write_atomically
+from reprolib.files import tensors as files
 from reprolib.pruning import Pruner
 
 
@@ -72,9 +69,7 @@ def save(checkpoint: Path, state: State, drawn_from: Tensor, here: Position, of:
         pruner = state.pruner.state_dict()
         tensors |= {f"pruned.{name}": ~mask for name, mask in pruner.pop("masks").items()}
         metadata["pruner"] = json.dumps(pruner)
-    # Copies, because safetensors takes no two tensors that share memory.
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_atomically(checkpoint, safetensors.torch.save(tensors, metadata))
+    files.write(checkpoint, tensors, metadata)
 
 
 def restore(checkpoint: Path | None, state: State, of: dict) -> Position:
@@ -86,11 +81,9 @@ def restore(checkpoint: Path | None, state: State, of: dict) -> Position:
         return Position()
     here = position(checkpoint)
     try:
-        tensors = load_file(checkpoint)
-    except SafetensorError:
+        tensors, metadata = files.read(checkpoint), files.notes(checkpoint)
+    except ValueError:
         raise ValueError(f"the checkpoint {checkpoint} is damaged: delete it and ask again") from None
-    with safe_open(checkpoint, "pt") as file:
-        metadata = file.metadata()
     found = json.loads(metadata.get("of", "null"))  # version 0.1 did not say
     if found not in (None, of):
         raise ValueError(f"the checkpoint {checkpoint} is of another training ({found}): delete it and ask again")

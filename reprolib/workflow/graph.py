@@ -59,6 +59,7 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
     deadline = time.time() + budget_s - FIGURES_S
     print(f"{profile.name}: {profile.purpose}; {cores} cores")
     folder, runs, plan = paths.results(profile.name), paths.runs(profile.name), profile.plan()
+    experiments.set_aside_damaged(plan, runs)
     missing = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
     others = sorted(paths.home().glob("results/*/runs"))
     if taken := [experiment for experiment in missing if experiments.take_over(experiment, runs, others)]:

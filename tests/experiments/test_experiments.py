@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import threading
 import time
 from dataclasses import fields, replace
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from reprolib import models, pruning, training
-from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, records, run, running, take_over
+from reprolib.experiments import Channels, Dense, Pruned, check_target, load_model, run, running, take_over
 from reprolib.files import tensors
+from reprolib.files.deadline import OutOfTime
 from reprolib.patterns import Balanced, Block, parse
 from reprolib.training import Recipe, data
 
@@ -549,13 +551,62 @@ def test_half_a_point_off_the_target_is_accepted():
         check_target(Balanced(48), 0.901, masks)
 
 
-def test_damaged_record_is_not_taken_for_a_result(tmp_path, forbid_training):
-    forbid_training()
+@pytest.fixture(scope="module")
+def pair_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture
+def pair(pair_folder):
+    """A folder with a dense network and one pruned from it, and nothing else."""
+    run(HYBRID, pair_folder)
+    return pair_folder
+
+
+def flip_a_bit(path, place):
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("experiment", [DENSE, HYBRID], ids=["dense", "hybrid"])
+@pytest.mark.parametrize("place", [0.02, 0.33, 0.55, 0.99])
+def test_a_bit_flipped_in_a_record_never_reaches_a_result(pair, tmp_path, place, experiment):
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    path, whole = tmp_path / experiment.run_id / "record.json", run(experiment, pair)
+    flip_a_bit(path, place)
+    again = run(experiment, tmp_path)
+    assert again["row"] | {"wall_time_s": 0} == whole["row"] | {"wall_time_s": 0} and run(experiment, tmp_path) == again
+    assert path.with_name("record.json.damaged").exists() or again == whole  # it was a blank between two numbers
+
+
+@pytest.mark.parametrize("content", ['{"row": {"run_id": "?"}}', "{}", "[]", ""])
+def test_a_gutted_record_is_computed_again(pair, tmp_path, content, capsys):
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
     path = tmp_path / HYBRID.run_id / "record.json"
-    records.write(path, {"row": {"run_id": HYBRID.run_id}})
-    path.write_text(path.read_text()[:20])
-    with pytest.raises(ValueError, match=f"{path} is damaged: delete its folder and run again"):
-        run(HYBRID, tmp_path)
+    path.write_text(content.replace("?", HYBRID.run_id))
+    assert run(HYBRID, tmp_path)["row"]["accuracy_pct"] == run(HYBRID, pair)["row"]["accuracy_pct"]
+    assert f"{path} is damaged: set aside as record.json.damaged, made anew" in capsys.readouterr().err
+
+
+def test_damaged_weights_of_a_dense_network_are_trained_again_and_nothing_starts_from_them(pair, tmp_path, capsys):
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / HYBRID.run_id)
+    weights = tmp_path / DENSE.run_id / "weights.safetensors"
+    whole = tensors.read(weights)
+    flip_a_bit(weights, 0.7)
+    assert run(HYBRID, tmp_path)["row"]["accuracy_pct"] == run(HYBRID, pair)["row"]["accuracy_pct"]
+    assert all(map(torch.equal, tensors.read(weights).values(), whole.values()))
+    assert f"{weights} is damaged: set aside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0.3, 0.7, 0.99])
+def test_a_bit_flipped_in_a_checkpoint_starts_the_training_anew(pair, tmp_path, place, capsys):
+    with pytest.raises(OutOfTime):
+        run(DENSE, tmp_path, deadline=0.0)
+    flip_a_bit(tmp_path / DENSE.run_id / "checkpoint.safetensors", place)
+    assert run(DENSE, tmp_path)["row"]["accuracy_pct"] == run(DENSE, pair)["row"]["accuracy_pct"]
+    assert "checkpoint.safetensors is damaged: set aside" in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_written_fails_before_training(tmp_path, forbid_training):

@@ -11,7 +11,7 @@ import torch
 from reprolib.experiments import records
 from reprolib.files import paths
 
-RECORD = {"row": {"run_id": "a", "accuracy_pct": 91.25}, "curve": [{"epoch": 1}]}
+RECORD = {"experiment": {}, "row": {"run_id": "a", "accuracy_pct": 91.25}, "curve": [{"epoch": 1}], "provenance": {}}
 
 
 def test_record_reads_back_and_its_folder_is_made(tmp_path):
@@ -28,13 +28,13 @@ def test_crash_while_writing_leaves_the_old_record_and_no_stray_file(tmp_path, m
     def crash(*args, **kwargs):
         raise error
 
-    path = tmp_path / "record.json"
+    path = tmp_path / "a" / "record.json"
     records.write(path, RECORD)
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(os, failing, crash)
         records.write(path, RECORD | {"curve": []})
     assert records.read(path) == RECORD
-    assert os.listdir(tmp_path) == ["record.json"]
+    assert os.listdir(path.parent) == ["record.json"]
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,16 @@ def test_crash_while_writing_leaves_the_old_record_and_no_stray_file(tmp_path, m
         b"[]",
         b'{"row": {}}',
         b"\xff\xfe\x00",
+        json.dumps(RECORD | {"row": {"run_id": "another"}}).encode(),
+        json.dumps({"fingerprint": "00000000"} | RECORD).encode(),
     ],
-    ids=["half", "empty", "list", "no run_id", "no text"],
+    ids=["half", "empty", "list", "no run_id", "no text", "of another network", "another fingerprint"],
 )
 def test_damaged_record_is_named_with_the_remedy(tmp_path, content):
-    path = tmp_path / "record.json"
+    path = tmp_path / "a" / "record.json"
+    path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is damaged: delete its folder and run again"):
+    with pytest.raises(ValueError, match=f"{path} is damaged: make reproduce writes it anew"):
         records.read(path)
 
 
@@ -130,6 +133,16 @@ def test_table_keeps_rows_of_earlier_runs_that_are_still_asked_for(tmp_path, row
     assert table["run_id"].tolist() == ["b9", "d"] and table["seed"].tolist() == [7, 0]
 
 
+@pytest.mark.parametrize("content", [b"", b'a,b\n1,"2', b"a,b\n\xff,1", b"a,b\n1,2"])
+def test_a_damaged_table_is_set_aside_and_written_anew(tmp_path, rows, content, capsys):
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    records.update(path, pd.DataFrame(rows), ASKED)
+    assert records.read_csv(path)["run_id"].tolist() == ["b5", "b9", "d"]
+    assert path.with_name("table.csv.damaged").read_bytes() == content
+    assert f"{path} is damaged: set aside as table.csv.damaged, made anew" in capsys.readouterr().err
+
+
 def test_no_rows_make_no_table(tmp_path):
     records.update(tmp_path / "table.csv", pd.DataFrame(), [])
     assert not (tmp_path / "table.csv").exists()
@@ -140,10 +153,10 @@ def test_missing_table_says_how_to_compute_it(tmp_path):
         records.read_csv(tmp_path / "none.csv")
 
 
-@pytest.mark.parametrize("content", ["", 'a,b\n1,"2'], ids=["empty", "cut in half"])
+@pytest.mark.parametrize("content", [b"", b'a,b\n1,"2', b"a,b\n\xff,1"], ids=["empty", "cut in half", "no text"])
 def test_damaged_table_is_named(tmp_path, content):
     path = tmp_path / "table.csv"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=r"table\.csv is damaged .*make reproduce writes it anew"):
         records.read_csv(path)
 
