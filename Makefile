@@ -9,7 +9,9 @@ SHORT ?=
 # Without what would make Python look elsewhere or leave things out.
 CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONSTARTUP -u PYTHONOPTIMIZE
 BIN := $(CLEAN) $(VENV)/bin
-GRAPH := $(BIN)/python -m reprolib.workflow.graph $(if $(CORES),--cores $(CORES))
+# The shell of a recipe gives way to the program, so that who ends make ends it.
+REPROLIB := exec $(BIN)/python -m reprolib
+GRAPH := $(REPROLIB).workflow.graph $(if $(CORES),--cores $(CORES))
 
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
@@ -26,10 +28,10 @@ env: ## build the environment in .venv, or again where it has become stale (the 
 	@$(CLEAN) "$(or $(PYTHON),python3)" -m reprolib.files.environment $(if $(PYTHON),--this-python)
 
 data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
-	@$(BIN)/python -m reprolib.training.data
+	@$(REPROLIB).training.data
 
 test: env lint ## run all tests, every notebook included
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	exec $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -39,7 +41,7 @@ strip: env ## remove outputs from notebooks, before a commit
 	@$(STRIP) notebooks/*.ipynb
 
 reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening, paper or mine.yaml (default: what fits); BUDGET=20m stops in time
-	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget $(BUDGET))
+	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget=$(BUDGET))
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
 	@$(GRAPH) figures --profile "$(or $(PROFILE),quick)"
@@ -48,38 +50,38 @@ report: env ## make one page of PROFILE (laptop): claims, figures, notebooks, st
 	@$(GRAPH) report --profile "$(or $(PROFILE),laptop)"
 
 site: env ## write README, docs, notebooks, sources and results as pages into site/, for any web server
-	@$(BIN)/python -m reprolib.workflow.site
+	@$(REPROLIB).workflow.site
 
 trace: env ## show what a number rests on: CLAIM=1 or CELL=hybrid@95, of PROFILE (laptop)
-	@$(BIN)/python -m reprolib.paper.trace --profile "$(or $(PROFILE),laptop)" $(if $(CELL),--cell "$(CELL)",--claim "$(CLAIM)")
+	@$(REPROLIB).paper.trace --profile "$(or $(PROFILE),laptop)" $(if $(CELL),--cell "$(CELL)",--claim "$(CLAIM)")
 
 sweep: env ## run a notebook over a grid: NOTEBOOK=02 GRID=grid.yaml
 	@$(GRAPH) sweep --notebook "$(NOTEBOOK)" --grid "$(GRID)"
 
 bench: env ## measure latencies of sparse kernels and dense rivals: DEVICE=cpu or cuda; leave the machine alone meanwhile
-	$(BIN)/python -m reprolib.bench latency --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))" $(if $(BUDGET),--budget $(BUDGET))
-	$(BIN)/python -m reprolib.bench masks
+	$(REPROLIB).bench latency --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))" $(if $(BUDGET),--budget=$(BUDGET))
+	$(REPROLIB).bench masks
 
 bench-peers: env ## bench, with DeepSparse, OpenVINO, ONNX Runtime and torch.compile beside it; SHORT=1: one table at 90 %, in minutes
-	@$(BIN)/python -m reprolib.files.environment --peers
-	$(BIN)/python -m reprolib.bench latency --peers $(if $(SHORT),--short) --profile "$(or $(PROFILE),laptop)" $(if $(BUDGET),--budget $(BUDGET))
-	@$(if $(SHORT),$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop))
+	@$(REPROLIB).files.environment --peers
+	$(REPROLIB).bench latency --peers $(if $(SHORT),--short) --profile "$(or $(PROFILE),laptop)" $(if $(BUDGET),--budget=$(BUDGET))
+	@$(if $(SHORT),$(REPROLIB).paper.peer_figures $(or $(PROFILE),laptop))
 
 bench-networks: env ## bench-peers with larger networks: ResNet-18 and ResNet-50, images of 224 x 224 pixels
-	@$(BIN)/python -m reprolib.files.environment --peers
-	$(BIN)/python -m reprolib.bench latency --peers --networks --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget $(BUDGET))
-	@$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),laptop) --networks
+	@$(REPROLIB).files.environment --peers
+	$(REPROLIB).bench latency --peers --networks --profile $(or $(PROFILE),laptop) $(if $(BUDGET),--budget=$(BUDGET))
+	@$(REPROLIB).paper.peer_figures $(or $(PROFILE),laptop) --networks
 
 bench-trained: env ## bench-peers with trained networks of PROFILE (resnet), beside pruned channels and torch's own masks
-	@$(BIN)/python -m reprolib.files.environment --peers
-	$(BIN)/python -m reprolib.bench latency --peers --trained --profile $(or $(PROFILE),resnet) $(if $(BUDGET),--budget $(BUDGET))
-	@$(BIN)/python -m reprolib.paper.peer_figures $(or $(PROFILE),resnet) --trained
+	@$(REPROLIB).files.environment --peers
+	$(REPROLIB).bench latency --peers --trained --profile $(or $(PROFILE),resnet) $(if $(BUDGET),--budget=$(BUDGET))
+	@$(REPROLIB).paper.peer_figures $(or $(PROFILE),resnet) --trained
 
 bench-train: env ## measure training speed beside a plain loop: DEVICE=cpu or cuda, PROFILE; leave the machine alone meanwhile
-	$(BIN)/python -m reprolib.bench training --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))"
+	$(REPROLIB).bench training --device $(DEVICE) --profile "$(or $(PROFILE),$(if $(filter cuda,$(DEVICE)),paper,laptop))"
 
 lab: env ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+	exec $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 lock: env ## renew requirements.lock from environment.yml, and requirements-peers.lock from requirements-peers.in
 	$(BIN)/python -c 'from ruamel.yaml import YAML; [print(p) for d in YAML().load(open("environment.yml"))["dependencies"] if isinstance(d, dict) for p in d["pip"] if p[0] != "-"]' \

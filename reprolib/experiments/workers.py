@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing
 import os
@@ -24,11 +25,23 @@ from reprolib.files.deadline import OutOfTime
 from reprolib.files.processes import end_with_parent
 
 GRACE_S = 10.0  # that a network in evaluation has behind the deadline; then its process is ended
+# What keeps every network from being written: a full disk, an exceeded quota, a folder that can't be written.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR}
 
 
 class Worker(NamedTuple):
     pipe: Connection
     process: multiprocessing.Process
+
+
+class Answer(NamedTuple):
+    """What a worker says of an experiment that it is through with: errors, a line each; whether to send it another one;
+    and whether to start no more of the plan anywhere.
+    """
+
+    errors: list[str]
+    usable: bool = True
+    stop: bool = False
 
 
 def train(
@@ -44,8 +57,8 @@ def train(
 
     `workers` networks train at a time on `threads` threads each, a pruned one as soon as its dense one is done. When
     `time.time()` passes `deadline` all of them stop at a checkpoint; one that is being evaluated goes back to its last,
-    two minutes ago at most. `look` is called about twice a second. What the networks tell while they train is appended
-    to ``training.log`` beside `folder`.
+    two minutes ago at most. Where a network can't be written, no other one is started. `look` is called about twice a
+    second. What the networks tell while they train is appended to ``training.log`` beside `folder`.
     """
     log = folder.parent / "training.log"
     waiting = [experiment for experiment in plan if not experiments.is_done(experiment, folder)]
@@ -71,9 +84,10 @@ def train(
             for pipe in wait(list(busy), timeout=0.5):
                 worker, experiment = busy.pop(pipe)
                 try:
-                    lines, usable = pipe.recv()
-                    errors += lines
-                    idle.append(worker if usable else replaced(worker))
+                    answer = pipe.recv()
+                    errors += [line for line in answer.errors if line not in errors]
+                    waiting = [] if answer.stop else waiting
+                    idle.append(worker if answer.usable else replaced(worker))
                 except (EOFError, ConnectionError):
                     errors.append(
                         f"{experiment.label}: its process died (see {log}); out of memory? Ask again to go on"
@@ -98,7 +112,7 @@ def _start(threads: int, log: Path) -> Worker:
 
 
 def _work(pipe: Connection, threads: int, log: Path) -> None:
-    """Answer every experiment with its errors, none if it is done or out of time, and whether to send another one."""
+    """Run every experiment that is sent, and say what came of it: no error if it is done or out of time."""
     end_with_parent(multiprocessing.parent_process().pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     with log.open("a") as file:
@@ -110,12 +124,16 @@ def _work(pipe: Connection, threads: int, log: Path) -> None:
         experiment, folder, deadline = pipe.recv()
         try:
             experiments.run(experiment, folder, deadline)
-            pipe.send(([], True))
+            pipe.send(Answer([]))
         except OutOfTime:
-            pipe.send(([], True))
+            pipe.send(Answer([]))
         except (ValueError, OSError) as error:
-            pipe.send(([f"{experiment.label}: {error}"], True))
+            if getattr(error, "errno", None) in UNWRITABLE:
+                what = f"{folder}: {error.strerror}: nothing more is trained; make room there, and ask again to go on"
+                pipe.send(Answer([what], stop=True))
+            else:
+                pipe.send(Answer([f"{experiment.label}: {error}"]))
         except Exception as error:  # whatever it is, the plan goes on; a GPU may be unusable behind it, so not here
             traceback.print_exc()
-            pipe.send(([f"{experiment.label}: {type(error).__name__}: {error} (see {log})"], False))
+            pipe.send(Answer([f"{experiment.label}: {type(error).__name__}: {error} (see {log})"], usable=False))
             return

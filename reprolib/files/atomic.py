@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all, creating its folder. Raises OSError."""
+    """Write a file that is there whole or not at all, creating its folder. Raises OSError, which names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -24,8 +24,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)  # mkstemp makes it private
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as failed:
         Path(partial).unlink(missing_ok=True)
+        if isinstance(failed, OSError):
+            failed.filename = failed.filename or str(path)  # a full disk does not say where
         raise
 
 

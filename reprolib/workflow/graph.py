@@ -87,7 +87,7 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
                 publish(profile.name)
             else:
                 draw(profile.name, cores, lock)
-        except RuntimeError as failed:
+        except (RuntimeError, OSError) as failed:
             errors.append(str(failed).removeprefix("error: "))
     if errors:
         raise RuntimeError("\n".join(f"error: {line}" for line in errors))

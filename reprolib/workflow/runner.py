@@ -23,6 +23,14 @@ from reprolib.files.atomic import write_atomically
 from reprolib.files.processes import environment
 
 SNAKEFILE = paths.ROOT / "Snakefile"
+# Snakemake, which ends with the process of this id.
+SNAKEMAKE = """
+import sys
+from reprolib.files.processes import end_with_parent
+end_with_parent(int(sys.argv.pop(1)))
+from snakemake.cli import main
+main()
+"""
 
 
 def snakemake(
@@ -41,7 +49,7 @@ def snakemake(
         if path.stat().st_mtime > time.time():  # from a machine with another clock: what is made of it would be deleted
             os.utime(path)
     log_path = folder / "snakemake.log"
-    command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE)]
+    command = [sys.executable, "-c", SNAKEMAKE, str(os.getpid()), *targets, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(folder), "--cores", str(cores)]
     command += ["--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params", "input"]
     if torch.cuda.is_available():
@@ -53,15 +61,18 @@ def snakemake(
         if any((folder / ".snakemake" / "locks").glob("*")):
             # Whoever holds our lock knows that a lock of Snakemake's own still lying there is a dead run's.
             subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False, env=environment())
-        # The child keeps the lock open: it stays held while the graph runs, even if this process is killed.
-        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment())
+        # The child keeps the lock open: it stays held while the graph runs, even if this process is killed. It has a
+        # group of its own, so that Ctrl-C reaches it and its jobs once, through us; a second one would leave it hanging.
+        child = subprocess.Popen(
+            command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment(), process_group=0
+        )
         try:
             while child.poll() is None:
                 look()
                 time.sleep(0.5)
             look()
         except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
+            os.killpg(child.pid, signal.SIGINT)
             child.wait()
             raise
     if child.returncode:

@@ -1,5 +1,6 @@
 """A record is there whole or not at all, a table reads back as it was written, and both say where they came from."""
 
+import errno
 import json
 import os
 import subprocess
@@ -56,6 +57,15 @@ def test_damaged_record_is_named_with_the_remedy(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path} is damaged: make reproduce writes it anew"):
         records.read(path)
+
+
+def test_a_full_disk_says_where(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'record.json'}'"):
+        records.write(tmp_path / "record.json", RECORD)
 
 
 @pytest.mark.parametrize("folder", ["file/runs", "file"])

@@ -4,6 +4,7 @@ The graph is the real one, with small notebooks, in a git repository with commit
 graph and Snakemake are forked from this process, which has imported what they need.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import snakemake.cli
 
 from reprolib.files import paths
+from reprolib.files.processes import end_with_parent
 from reprolib.workflow import graph, runner
 
 PROFILE = "laptop-cifar100"
@@ -89,9 +91,6 @@ class Fork:
     def wait(self):
         return self.poll(0)
 
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
 
 def onto(log):
     """What this forked process and its children print goes to a file."""
@@ -102,12 +101,17 @@ def onto(log):
 
 def snakemake_fork(command, stdout, env, **_):
     def call():
+        os.setpgid(0, 0)
+        end_with_parent(int(command[3]))
         onto(stdout)
         os.environ.clear()
         os.environ.update(env)
-        snakemake.cli.main(command[3:])
+        snakemake.cli.main(command[4:])
 
-    return Fork(call)
+    fork = Fork(call)
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # whoever of both is first
+        os.setpgid(fork.pid, fork.pid)
+    return fork
 
 
 def drawing(home):
