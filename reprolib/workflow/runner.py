@@ -61,8 +61,8 @@ def snakemake(
         if any((folder / ".snakemake" / "locks").glob("*")):
             # Whoever holds our lock knows that a lock of Snakemake's own still lying there is a dead run's.
             subprocess.run([*command, "--unlock"], stdout=log, stderr=log, check=False, env=environment())
-        # The child keeps the lock open: it stays held while the graph runs, even if this process is killed. It has a
-        # group of its own, so that Ctrl-C reaches it and its jobs once, through us; a second one would leave it hanging.
+        # The child keeps the lock open: it stays held while the graph runs, even if this process is killed. It is a
+        # process group of its own: Ctrl-C reaches it and its jobs once, through us; two would leave it hanging.
         child = subprocess.Popen(
             command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment(), process_group=0
         )
