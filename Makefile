@@ -6,6 +6,7 @@ CORES ?=
 DEVICE ?= cpu
 VENV := .venv
 SHORT ?=
+SCHEDULER ?=
 # Without what would make Python look elsewhere or leave things out.
 CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONSTARTUP -u PYTHONOPTIMIZE
 BIN := $(CLEAN) $(VENV)/bin
@@ -40,8 +41,8 @@ lint: env ## check style, and that notebooks carry no outputs
 strip: env ## remove outputs from notebooks, before a commit
 	@$(STRIP) notebooks/*.ipynb
 
-reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening, paper or mine.yaml (default: what fits); BUDGET=20m stops in time
-	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget=$(BUDGET))
+reproduce: env ## compute everything: PROFILE=quick, laptop, laptop-cifar100, evening, paper or mine.yaml (default: what fits); BUDGET=20m stops in time; SCHEDULER=tcp://host:8786: elsewhere
+	@$(GRAPH) reproduce --profile "$(PROFILE)" $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SCHEDULER),--scheduler "$(SCHEDULER)")
 
 figures: env ## redraw figures and tables from the tables of PROFILE, without training
 	@$(GRAPH) figures --profile "$(or $(PROFILE),quick)"

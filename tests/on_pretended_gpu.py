@@ -157,7 +157,7 @@ def test_speed_of_training(gpu, monkeypatch):
 def test_a_profile_trains(gpu):
     """All its kinds of networks but sizes of banks, with the steps that a GPU captures. Needs what reads profiles."""
     from reprolib.experiments import profiles
-    from reprolib.experiments.workers import train
+    from reprolib.experiments.scheduling import train
 
     profile = profiles.load("quick-dry-run")
     named = profile.reported() | profile.asked("ablations")
@@ -165,7 +165,7 @@ def test_a_profile_trains(gpu):
     plan = [experiment for experiment in plan if getattr(experiment, "sparsity", 0.96) == 0.96]
     for experiment in plan:
         assert run(experiment, gpu / "runs")["row"]["hardware"] == NAME
-    assert train(plan, gpu / "runs", workers=1, threads=1) == []
+    assert train(plan, gpu / "runs", processes=1, threads=1) == []
 
 
 def test_training_stops_in_time_and_goes_on(gpu):

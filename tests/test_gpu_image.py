@@ -9,8 +9,8 @@ import pytest
 from reprolib.files import paths
 
 LACKING = {"ipykernel", "ipywidgets", "jupyterlab", "nbclient", "nbconvert", "nbformat", "papermill", "pydantic"}
-LACKING |= {"ruamel", "snakemake", "torch_pruning"}
-READ_PROFILES = {"pydantic", "ruamel"}  # installed there for training alone
+LACKING |= {"bokeh", "dask", "distributed", "ruamel", "snakemake", "torch_pruning"}
+TO_TRAIN = {"dask", "distributed", "pydantic", "ruamel"}  # installed there for training alone
 HIDE = """
 import sys
 
@@ -47,7 +47,7 @@ def test_cuda_tests_need_torch_and_numba_alone(tmp_path):
         ("moved or graph or kernels", LACKING, 3),
         ("latency", LACKING, 2),
         ("speed or stops", LACKING, 2),
-        ("profile", LACKING - READ_PROFILES, 1),
+        ("profile", LACKING - TO_TRAIN, 1),
     ],
 )
 def test_the_runs_of_a_first_day_go_there(tmp_path, runs, lacking, passed):

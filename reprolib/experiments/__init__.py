@@ -3,7 +3,7 @@
     record = run(Pruned(Dense("cifar10", recipe), "Balanced(16) & Block(32, 32)", 0.9, epochs=30), folder)
 
 `definitions` are the questions, `running` answers them, `records` keep the answers, `profiles` are lists
-of questions, `workers` ask many at a time.
+of questions, `scheduling` asks many at a time.
 """
 
 from reprolib.experiments.definitions import Channels, Dense, Pruned

@@ -1,6 +1,6 @@
 """The front of the graph: `make reproduce` and `make figures`; `make report` and `make sweep` begin here, too.
 
-Networks are trained by `experiments.workers`, in the order of the profile's plan; their records become tables;
+Networks are trained by `experiments.scheduling`, in the order of the profile's plan; their records become tables;
 Snakemake runs the notebooks that draw on these tables. One run at a time works on a folder, and each shows a bar.
 """
 
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from reprolib import experiments
-from reprolib.experiments import Channels, Dense, Pruned, profiles, records, workers
+from reprolib.experiments import Channels, Dense, Pruned, profiles, records, scheduling
 from reprolib.experiments.profiles import Profile
 from reprolib.files import paths
 from reprolib.files.atomic import write_atomically
@@ -46,11 +46,12 @@ DRAWING = {
 }
 
 
-def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
+def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, scheduler: str = "") -> None:
     """Compute everything that is missing of a profile, what tells most first, and draw what there is.
 
     Networks that another profile has trained are taken over. The data sets that are needed come first. With a budget,
-    training stops in time, to go on when asked again, and latencies are not measured. Raises ValueError or OSError,
+    training stops in time, to go on when asked again, and latencies are not measured. With the address of a Dask
+    `scheduler`, its workers train. Raises ValueError or OSError,
     before anything is done, where data can't be had; RuntimeError, behind everything else, for networks that could not
     be trained.
     """
@@ -70,9 +71,14 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf) -> None:
     with ExitStack() as stack:
         with runner.bar(sum(map(experiments.epochs, plan)), _epochs_done(plan, runs), "epoch") as look:
             lock = stack.enter_context(runner.only_run(folder, look))
-            side_by_side = 1 if torch.cuda.is_available() else max(1, cores // profile.threads)
-            errors = workers.train(
-                plan, runs, workers=side_by_side, threads=profile.threads, deadline=deadline, look=look
+            errors = scheduling.train(
+                plan,
+                runs,
+                processes=torch.cuda.device_count() or max(1, cores // profile.threads),
+                threads=profile.threads,
+                deadline=deadline,
+                look=look,
+                scheduler=scheduler,
             )
         missing = sum(not experiments.is_done(experiment, runs) for experiment in plan)
         write_tables(profile)
@@ -181,18 +187,25 @@ def write_tables(profile: Profile) -> None:
 # --- Progress -------------------------------------------------------------------------------------------------------
 
 
-def _epochs_done(plan: list[Dense | Pruned | Channels], runs: Path) -> Callable[[], float]:
-    """A function that says how many epochs of a plan are trained, and tells of each network that got done meanwhile."""
-    waiting = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
-    finished = sum(map(experiments.epochs, plan)) - sum(map(experiments.epochs, waiting))
+def _epochs_done(plan: list[Dense | Pruned | Channels], runs: Path) -> Callable[..., float]:
+    """A function that says how many epochs of a plan are trained, and tells of each network that got done meanwhile.
 
-    def done() -> float:
-        nonlocal finished
-        for experiment in [e for e in waiting if experiments.is_done(e, runs)]:
-            waiting.remove(experiment)
-            finished += experiments.epochs(experiment)
-            tqdm.write(_summary(experiments.run(experiment, runs)["row"]), file=sys.stderr)
-        return finished + sum(experiments.epochs_done(experiment, runs) for experiment in waiting)
+    Given the experiments that are running, it looks at these and the former ones alone: a plan may be long.
+    """
+    stands = {experiment: experiments.epochs_done(experiment, runs) for experiment in plan}
+    waiting = {experiment for experiment in plan if not experiments.is_done(experiment, runs)}
+    seen: set[Dense | Pruned | Channels] = set()
+
+    def done(running: Collection[Dense | Pruned | Channels] | None = None) -> float:
+        nonlocal seen
+        looked_at = waiting if running is None else waiting & (seen | set(running))
+        seen = set(running or ())
+        for experiment in [e for e in plan if e in looked_at] if running is None else list(looked_at):
+            stands[experiment] = experiments.epochs_done(experiment, runs)
+            if experiments.is_done(experiment, runs):
+                waiting.remove(experiment)
+                tqdm.write(_summary(experiments.run(experiment, runs)["row"]), file=sys.stderr)
+        return sum(stands.values())
 
     return done
 
@@ -229,6 +242,7 @@ def main() -> None:
     reproducing = commands.add_parser("reproduce")
     reproducing.add_argument("--profile", default="")
     reproducing.add_argument("--budget", type=seconds, default=math.inf, help="such as 20m or 1h30m")
+    reproducing.add_argument("--scheduler", default="", help="of Dask, elsewhere: tcp://host:8786")
     commands.add_parser("figures").add_argument("--profile", default="quick")
     commands.add_parser("report").add_argument("--profile", default="quick")
     sweeping = commands.add_parser("sweep")
@@ -239,7 +253,7 @@ def main() -> None:
     try:
         match arguments.command:
             case "reproduce":
-                reproduce(_profile(arguments.profile), arguments.cores, arguments.budget)
+                reproduce(_profile(arguments.profile), arguments.cores, arguments.budget, arguments.scheduler)
             case "figures":
                 figures(profiles.load(arguments.profile), arguments.cores)
             case "report":

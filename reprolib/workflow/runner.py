@@ -103,13 +103,13 @@ def only_run(folder: Path, look: Callable[[], None]) -> Iterator[IO]:
 
 
 @contextmanager
-def bar(total: float, done: Callable[[], float], unit: str) -> Iterator[Callable[[], None]]:
-    """A progress bar; the yielded function asks `done` how far things are and shows it."""
+def bar(total: float, done: Callable[..., float], unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar; the yielded function shows how far things are, as `done` says, to which it hands what it gets."""
     interval_s = 1 if sys.stderr.isatty() else 60
     with tqdm(total=total, initial=done(), unit=unit, mininterval=interval_s, miniters=0, unit_scale=True) as shown:
 
-        def look() -> None:
-            shown.n = done()
+        def look(*given: object) -> None:
+            shown.n = done(*given)
             shown.update(0)
 
         yield look

@@ -313,7 +313,7 @@ def test_data_come_first_and_are_asked_for_once(tmp_path, monkeypatch, refused):
 
     monkeypatch.setenv("REPROLIB_DATA", str(tmp_path / "data"))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    monkeypatch.setattr(graph.workers, "train", None)
+    monkeypatch.setattr(graph.scheduling, "train", None)
     lines = refused("reproduce", "--profile", "laptop")
     assert [line for line in lines if "no route to host" in line] == [
         f"error: cifar-10-batches-py is not in {tmp_path / 'data'}, and it could not be downloaded: no route to host"
@@ -349,7 +349,7 @@ def test_networks_of_other_profiles_are_not_trained_again(tmp_path, monkeypatch,
         trained.extend(experiment for experiment in plan if not experiments.is_done(experiment, runs))
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(graph.workers, "train", train)
+    monkeypatch.setattr(graph.scheduling, "train", train)
     with pytest.raises(RuntimeError, match="enough"):
         graph.reproduce(profile, 2)
     assert trained == rest
