@@ -17,7 +17,7 @@ GRAPH := $(REPROLIB).workflow.graph $(if $(CORES),--cores $(CORES))
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .DEFAULT_GOAL := help
-.PHONY: help env data test test-faults lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-trained bench-train lab lock clean
+.PHONY: help env doctor data test test-faults lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-trained bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ env: ## build the environment in .venv, or again where it has become stale (the 
 	@command -v "$(or $(PYTHON),python3)" >/dev/null || \
 	  { echo "error: there is no $(or $(PYTHON),python3): name a Python with make PYTHON=python3.12"; exit 1; }
 	@$(CLEAN) "$(or $(PYTHON),python3)" -m reprolib.files.environment $(if $(PYTHON),--this-python)
+
+doctor: env ## say what this machine can do, and what each missing part would give
+	@$(REPROLIB).workflow.doctor
 
 data: env ## get CIFAR-10 and CIFAR-100 into data/ (or $REPROLIB_DATA)
 	@$(REPROLIB).training.data
