@@ -30,7 +30,7 @@ from reprolib.workflow import graph, notebooks
 PAGES = [paths.ROOT / "README.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
 MAKEFILE = (paths.ROOT / "Makefile").read_text()
 RUN = {"help", "trace"}  # make targets that take seconds and write nothing
-OTHERS = {"git", "cd", "pip", "export", "compute-sanitizer"}  # programs that are not ours
+OTHERS = {"git", "cd", "pip", "export", "compute-sanitizer", "dask", "srun"}  # programs that are not ours
 # What the text around Python blocks speaks of: names of the module that it tells to edit, a network, a layer, images.
 TOLD = """
 from dataclasses import dataclass
@@ -142,6 +142,7 @@ VALUES = {  # what raises ValueError for a wrong value of a make variable
     "GRID": lambda name: Path(name).suffix == ".yaml" or refuse(name),
     "DEVICE": lambda name: name in ("cpu", "cuda") or refuse(name),
     "CORES": graph._cores,
+    "SCHEDULER": lambda address: address.startswith("tcp://") or refuse(address),
     "SHORT": lambda value: value == "1" or refuse(value),
     "PYTHON": str,
     "CLAIM": int,
