@@ -1,6 +1,7 @@
 """Benchmarks. Timings live here, never in tests.
 
 python -m reprolib.bench masks --threads 2
+python -m reprolib.bench plans
 python -m reprolib.bench latency --profile laptop --device cpu
 python -m reprolib.bench latency --peers --short
 python -m reprolib.bench training --profile laptop --device cpu
@@ -27,7 +28,7 @@ from reprolib.files.deadline import OutOfTime, seconds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmarks: measure on this machine.")
-    parser.add_argument("what", choices=["masks", "latency", "training"])
+    parser.add_argument("what", choices=["masks", "latency", "training", "plans"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", help="whose networks to time or to train; on a CPU laptop's if none is named")
     parser.add_argument("--device", default="cpu", choices=list(latency.BATCHES))
@@ -45,6 +46,11 @@ def main() -> None:
     try:
         if arguments.what == "masks":
             masks.print_times(arguments.threads)
+            return
+        if arguments.what == "plans":
+            from reprolib.bench import plans
+
+            plans.print_times()
             return
         device, extent = arguments.device, arguments.extent or "all"
         name, profile = arguments.profile or ("laptop" if device == "cpu" else ""), None

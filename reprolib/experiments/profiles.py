@@ -127,21 +127,21 @@ class Profile:
         profile names them.
         """
 
-        def place(experiment: Pruned) -> int:
-            known = experiment.sparsity in self.sparsities
-            return self.sparsities.index(experiment.sparsity) if known else len(self.sparsities)
+        methods, ablations = self.asked("methods"), self.asked("ablations")
+        seeds = {seed: number for number, seed in enumerate(self.seeds)}
+        sparsities = {sparsity: number for number, sparsity in enumerate(self.sparsities)}
 
-        named, ordered = self.asked("methods"), []
-        for seed in self.seeds:
-            of_seed = {
-                section: sorted((e for e in self.asked(section) if e.dense.seed == seed), key=place)
-                for section in ("methods", "ablations")
-            }
-            decisive = [e for e in of_seed["methods"] if named[e] in DECISIVE and e.sparsity >= DECIDED_FROM]
-            ordered += [self.dense(dataset, seed) for dataset in self.datasets]
-            ordered += decisive + of_seed["methods"] + of_seed["ablations"]
-            ordered += [experiment for experiment in self.without_channels() if experiment.dense.seed == seed]
-        return list(dict.fromkeys(ordered))
+        def rank(experiment: Dense | Pruned | Channels) -> tuple[int, int, int]:
+            if isinstance(experiment, Dense):
+                return seeds[experiment.seed], 0, 0
+            seed = seeds[experiment.dense.seed]
+            if isinstance(experiment, Channels):
+                return seed, 4, 0
+            decisive = methods.get(experiment) in DECISIVE and experiment.sparsity >= DECIDED_FROM
+            kind = 1 if decisive else 2 if experiment in methods else 3
+            return seed, kind, sparsities.get(experiment.sparsity, len(sparsities))
+
+        return sorted(self.reported() | ablations, key=rank)
 
 
 def coverage(profile: Profile, accuracy: pd.DataFrame) -> pd.DataFrame:

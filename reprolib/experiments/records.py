@@ -20,9 +20,13 @@ from reprolib.files.processes import environment
 
 
 def write(path: Path, record: dict) -> None:
-    """Write a record, atomically, with a fingerprint of itself."""
+    write_atomically(path, to_json(record))
+
+
+def to_json(record: dict) -> str:
+    """A record as it stands in its file, with a fingerprint of itself."""
     record = json.loads(json.dumps(record))
-    write_atomically(path, json.dumps({"fingerprint": fingerprint(record)} | record, indent=1) + "\n")
+    return json.dumps({"fingerprint": fingerprint(record)} | record, indent=1) + "\n"
 
 
 def read(path: Path) -> dict:

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -31,11 +32,12 @@ from reprolib.files import paths
 from reprolib.files.deadline import OutOfTime
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 LOOK_S = 0.5  # from one look at the networks to the next
 GRACE_S = 10.0  # that a network in evaluation has behind the deadline; then its process is ended
 DEATHS = 1  # of processes, after which a network is tried once more, from its last checkpoint
+START_S = 120.0  # that processes may take to start
 # What keeps every network from being written: a full disk, an exceeded quota, a folder that can't be written.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR}
 
@@ -75,31 +77,51 @@ def train(
         return []
     from distributed import wait  # here: a second, whatever is asked for
 
-    running, errors = {}, []
+    errors, deaths, known, seen_s = [], Counter(), set(), time.monotonic()
+    running: dict[Future, tuple[Dense | Pruned | Channels, str]] = {}
     with _client(min(processes, len(waiting)), threads, scheduler) as client:
         while True:
-            places = len(client.nthreads()) - len(running)
-            late = time.time() > deadline
-            following = [] if late else _ready(waiting, folder, places)
-            for experiment in following:
+            workers, late = set(client.nthreads()), time.time() > deadline
+            # One that was there at the last look is through with its start: nobody replaces one that dies in that.
+            idle = sorted((workers & known) - {worker for _, worker in running.values()})
+            following = [] if late else _ready(waiting, folder, len(idle))
+            for experiment, worker in zip(following, idle, strict=False):
                 waiting.remove(experiment)
-                key = f"{experiment.run_id}, {records.fingerprint({'folder': str(folder)})}"
-                future = client.submit(_run, experiment, folder, deadline, threads, key=key)
-                running[future] = experiment
-            if (not running and (late or places > 0)) or time.time() > deadline + GRACE_S:
+                key = f"{experiment.run_id}, {deaths[experiment]}, {records.fingerprint({'folder': str(folder)})}"
+                future = client.submit(_run, experiment, folder, deadline, threads, key=key, workers=[worker])
+                running[future] = experiment, worker
+            over = not running and (late or not waiting or (idle and not following))
+            if over or time.time() > deadline + GRACE_S:
                 return errors
+            seen_s = time.monotonic() if workers or scheduler else seen_s
+            if time.monotonic() - seen_s > START_S:
+                return [*errors, "no process that trains could be started: ask again to go on"]
+            known = workers
             if running:
                 with contextlib.suppress(TimeoutError):
                     wait(list(running), timeout=LOOK_S, return_when="FIRST_COMPLETED")
-            else:  # no worker has come yet, or all of them are being replaced
+            else:
                 time.sleep(LOOK_S)
-            for future in [future for future in running if future.done()]:
-                answer = _answer(future, running.pop(future), folder)
-                errors += [line for line in answer.errors if line not in errors]
-                waiting = [] if answer.stop else waiting
-                if not answer.usable:
-                    client.restart_workers(list(client.who_has([future])[future.key]), raise_for_error=False)
-            look(running.values())
+            for future, (experiment, worker) in list(running.items()):
+                if not future.done() and worker in workers:
+                    continue
+                del running[future]
+                if future.status == "finished":
+                    answer = future.result()
+                    errors += [line for line in answer.errors if line not in errors]
+                    waiting = [] if answer.stop else waiting
+                    if not answer.usable:
+                        client.restart_workers([worker], raise_for_error=False)
+                    continue
+                future.cancel()
+                deaths[experiment] += 1
+                if deaths[experiment] <= DEATHS:
+                    waiting.insert(0, experiment)
+                else:
+                    log = folder.parent / "training.log"
+                    told = f"{experiment.label}: its process died (see {log}); out of memory? Ask again to go on"
+                    errors.append(told)
+            look([experiment for experiment, _ in running.values()])
 
 
 def _ready(waiting: list[Dense | Pruned | Channels], folder: Path, most: int) -> list[Dense | Pruned | Channels]:
@@ -111,13 +133,6 @@ def _ready(waiting: list[Dense | Pruned | Channels], folder: Path, most: int) ->
         if isinstance(experiment, Dense) or done(experiment.dense):
             found.append(experiment)
     return found
-
-
-def _answer(future, experiment: Dense | Pruned | Channels, folder: Path) -> Answer:
-    if future.status == "finished":
-        return future.result()
-    log = folder.parent / "training.log"
-    return Answer([f"{experiment.label}: its process died (see {log}); out of memory? Ask again to go on"])
 
 
 # --- What workers do --------------------------------------------------------------------------------------------------
@@ -165,7 +180,7 @@ def _client(processes: int, threads: int, scheduler: str) -> Iterator[Client]:
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
         ),
-        "distributed.scheduler.allowed-failures": DEATHS,
+        "distributed.scheduler.allowed-failures": 0,  # who tries again is decided here
         "distributed.worker.daemon": True,
         "distributed.dashboard.link": "http://{host}:{port}/status",
         "temporary-directory": str(paths.home() / ".cache" / "dask"),

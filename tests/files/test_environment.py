@@ -291,7 +291,7 @@ def test_declared_dependencies_are_those_of_the_environment():
     declared = {canonicalize_name(Requirement(each).name) for each in asked}
     lines = re.findall(r"      - ([a-z][^#\n]*?) *(?:#.*)?\n", (paths.ROOT / "environment.yml").read_text())
     listed = {canonicalize_name(Requirement(line).name) for line in lines}
-    tools = {"cuda-toolkit", "setuptools", "uv", "pytest", "pytest-xdist", "hypothesis", "ruff", "nbstripout"}
+    tools = {"cuda-toolkit", "setuptools", "uv", "pytest", "pytest-xdist", "hypothesis", "psutil", "ruff", "nbstripout"}
     tools |= {"websocket-client"}
     assert listed - declared == tools and declared <= listed
 

@@ -63,15 +63,16 @@ def test_runs_on_its_defaults_and_writes_nothing(notebook, home, tmp_path):
 def show(notebook, **parameters):
     """Run the code of a notebook in this process, with these parameters, and render what its cells would show."""
     names = {}
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if cell.cell_type == "code":
-            body = ast.parse(cell.source).body
-            last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-            exec(compile(ast.Module(body, []), notebook.stem, "exec"), names)
-            value = last and eval(compile(ast.Expression(last.value), notebook.stem, "eval"), names)
-            getattr(value, "_repr_html_", lambda: None)()
-            if "parameters" in cell.metadata.get("tags", []):
-                names |= parameters
+    with torch.enable_grad():  # as before, whatever the notebook sets
+        for cell in nbformat.read(notebook, as_version=4).cells:
+            if cell.cell_type == "code":
+                body = ast.parse(cell.source).body
+                last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+                exec(compile(ast.Module(body, []), notebook.stem, "exec"), names)
+                value = last and eval(compile(ast.Expression(last.value), notebook.stem, "eval"), names)
+                getattr(value, "_repr_html_", lambda: None)()
+                if "parameters" in cell.metadata.get("tags", []):
+                    names |= parameters
     matplotlib.pyplot.close("all")
 
 
