@@ -43,13 +43,22 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTD
 
 
 class Answer(NamedTuple):
-    """What a worker says of an experiment that it is through with: errors, a line each; whether its process may go on;
-    and whether to start no more of the plan anywhere.
+    """What came of an experiment: errors, a line each; whether the process that ran it may go on; whether to start no
+    more of the plan anywhere; and whether to try it again.
     """
 
     errors: list[str]
     usable: bool = True
     stop: bool = False
+    again: bool = False
+
+
+class Turn(NamedTuple):
+    """An experiment that a worker, by its address, has been given."""
+
+    experiment: Dense | Pruned | Channels
+    worker: str
+    future: Future
 
 
 def train(
@@ -77,51 +86,51 @@ def train(
         return []
     from distributed import wait  # here: a second, whatever is asked for
 
-    errors, deaths, known, seen_s = [], Counter(), set(), time.monotonic()
-    running: dict[Future, tuple[Dense | Pruned | Channels, str]] = {}
+    errors, deaths, known, turns = [], Counter(), set(), []
     with _client(min(processes, len(waiting)), threads, scheduler) as client:
+        started_s = time.monotonic()
         while True:
             workers, late = set(client.nthreads()), time.time() > deadline
             # One that was there at the last look is through with its start: nobody replaces one that dies in that.
-            idle = sorted((workers & known) - {worker for _, worker in running.values()})
+            idle = sorted((workers & known) - {turn.worker for turn in turns})
+            known = workers
             following = [] if late else _ready(waiting, folder, len(idle))
             for experiment, worker in zip(following, idle, strict=False):
                 waiting.remove(experiment)
                 key = f"{experiment.run_id}, {deaths[experiment]}, {records.fingerprint({'folder': str(folder)})}"
                 future = client.submit(_run, experiment, folder, deadline, threads, key=key, workers=[worker])
-                running[future] = experiment, worker
-            over = not running and (late or not waiting or (idle and not following))
-            if over or time.time() > deadline + GRACE_S:
+                turns.append(Turn(experiment, worker, future))
+            if (not turns and (late or not waiting or (idle and not following))) or time.time() > deadline + GRACE_S:
                 return errors
-            seen_s = time.monotonic() if workers or scheduler else seen_s
-            if time.monotonic() - seen_s > START_S:
+            if workers or scheduler:
+                started_s = time.monotonic()
+            elif time.monotonic() - started_s > START_S:
                 return [*errors, "no process that trains could be started: ask again to go on"]
-            known = workers
-            if running:
+            if turns:
                 with contextlib.suppress(TimeoutError):
-                    wait(list(running), timeout=LOOK_S, return_when="FIRST_COMPLETED")
+                    wait([turn.future for turn in turns], timeout=LOOK_S, return_when="FIRST_COMPLETED")
             else:
                 time.sleep(LOOK_S)
-            for future, (experiment, worker) in list(running.items()):
-                if not future.done() and worker in workers:
-                    continue
-                del running[future]
-                if future.status == "finished":
-                    answer = future.result()
-                    errors += [line for line in answer.errors if line not in errors]
-                    waiting = [] if answer.stop else waiting
-                    if not answer.usable:
-                        client.restart_workers([worker], raise_for_error=False)
-                    continue
-                future.cancel()
-                deaths[experiment] += 1
-                if deaths[experiment] <= DEATHS:
-                    waiting.insert(0, experiment)
-                else:
-                    log = folder.parent / "training.log"
-                    told = f"{experiment.label}: its process died (see {log}); out of memory? Ask again to go on"
-                    errors.append(told)
-            look([experiment for experiment, _ in running.values()])
+            for turn in [turn for turn in turns if turn.future.done() or turn.worker not in workers]:
+                turns.remove(turn)
+                answer = _answer(turn, deaths, folder)
+                errors += [line for line in answer.errors if line not in errors]
+                waiting = [] if answer.stop else [turn.experiment] * answer.again + waiting
+                if not answer.usable:
+                    client.restart_workers([turn.worker], raise_for_error=False)
+            look([turn.experiment for turn in turns])
+
+
+def _answer(turn: Turn, deaths: Counter, folder: Path) -> Answer:
+    """What the worker says; for one that died, that its network is tried again, or an error."""
+    if turn.future.status == "finished":
+        return turn.future.result()
+    turn.future.cancel()
+    deaths[turn.experiment] += 1
+    if deaths[turn.experiment] <= DEATHS:
+        return Answer([], again=True)
+    log = folder.parent / "training.log"
+    return Answer([f"{turn.experiment.label}: its process died (see {log}); out of memory? Ask again to go on"])
 
 
 def _ready(waiting: list[Dense | Pruned | Channels], folder: Path, most: int) -> list[Dense | Pruned | Channels]:
