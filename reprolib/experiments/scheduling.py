@@ -86,13 +86,13 @@ def train(
         return []
     from distributed import wait  # here: a second, whatever is asked for
 
-    errors, deaths, known, turns = [], Counter(), set(), []
+    errors, deaths, known, turns, ended = [], Counter(), set(), [], {}
     with _client(min(processes, len(waiting)), threads, scheduler) as client:
         started_s = time.monotonic()
         while True:
             workers, late = set(client.nthreads()), time.time() > deadline
             # One that was there at the last look is through with its start: nobody replaces one that dies in that.
-            idle = sorted((workers & known) - {turn.worker for turn in turns})
+            idle = sorted((workers & known) - {turn.worker for turn in turns} - ended.keys())
             known = workers
             following = [] if late else _ready(waiting, folder, len(idle))
             for experiment, worker in zip(following, idle, strict=False):
@@ -116,8 +116,9 @@ def train(
                 answer = _answer(turn, deaths, folder)
                 errors += [line for line in answer.errors if line not in errors]
                 waiting = [] if answer.stop else [turn.experiment] * answer.again + waiting
-                if not answer.usable:
-                    client.restart_workers([turn.worker], raise_for_error=False)
+                if not answer.usable:  # Dask replaces a process that ends; asked to restart one, it may hang
+                    key = f"end of {turn.worker}"
+                    ended[turn.worker] = client.submit(os._exit, 1, key=key, workers=[turn.worker])
             look([turn.experiment for turn in turns])
 
 
