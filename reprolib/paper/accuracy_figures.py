@@ -20,7 +20,7 @@ from reprolib.paper.drawing import (
     sparsity_axis,
 )
 
-NOT_TRAINED = "these networks are not trained yet: make reproduce goes on with them"
+NOT_TRAINED = "no such networks in the table:\nthe profile asks for none, or make reproduce has not trained them yet"
 
 
 def accuracy_vs_sparsity(accuracy: pd.DataFrame) -> Figure:
