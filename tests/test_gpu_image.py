@@ -9,7 +9,7 @@ import pytest
 from reprolib.files import paths
 
 LACKING = {"ipykernel", "ipywidgets", "jupyterlab", "nbclient", "nbconvert", "nbformat", "papermill", "pydantic"}
-LACKING |= {"bokeh", "dask", "distributed", "ruamel", "snakemake", "torch_pruning"}
+LACKING |= {"bokeh", "dask", "distributed", "jinja2", "matplotlib", "ruamel", "seaborn", "snakemake", "torch_pruning"}
 TO_TRAIN = {"dask", "distributed", "pydantic", "ruamel"}  # installed there for training alone
 HIDE = """
 import sys
