@@ -42,8 +42,8 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
         return record
     if not isinstance(experiment, Dense):
         run(experiment.dense, folder, deadline)
-        if not _sound_weights(experiment.dense, folder):
-            run(experiment.dense, folder, deadline)
+        _set_aside_damaged_weights(experiment.dense, folder)
+        run(experiment.dense, folder, deadline)  # once more, where they were damaged
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         if record := sound(path, records.read):
@@ -74,14 +74,12 @@ def run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float = m
         return records.read(path)
 
 
-def _sound_weights(dense: Dense, folder: Path) -> bool:
-    """Whether the network of a dense experiment can be read; damaged weights are set aside, with its record."""
+def _set_aside_damaged_weights(dense: Dense, folder: Path) -> None:
+    """Set aside damaged weights of a dense network, and its record with them: it is done no more."""
     place = folder / dense.run_id
     with FileLock(place / ".lock"):
-        if not (place / WEIGHTS).exists() or sound(place / WEIGHTS, tensors.read) is not None:
-            return True  # who needs missing ones is told
-        (place / RECORD).replace(place / f"{RECORD}.damaged")
-        return False
+        if (place / WEIGHTS).exists() and sound(place / WEIGHTS, tensors.read) is None:
+            (place / RECORD).replace(place / f"{RECORD}.damaged")
 
 
 def is_done(experiment: Dense | Pruned | Channels, folder: Path) -> bool:

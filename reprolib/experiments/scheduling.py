@@ -78,8 +78,8 @@ def train(
     network two minutes at most: another one goes on from the checkpoint; if that dies, too, it is an error. When
     `time.time()` passes `deadline` all of them stop at a checkpoint; one that is being evaluated goes back to its last,
     two minutes ago at most. Where a network can't be written, no other one is started. `look` is called about twice a
-    second with those that train. What they tell meanwhile is appended to ``training.log`` beside `folder`. Raises
-    OSError if the scheduler can't be reached.
+    second with those that train or just did. What they tell meanwhile is appended to ``training.log`` beside `folder`.
+    Raises OSError if the scheduler can't be reached.
     """
     waiting = [experiment for experiment in plan if not experiments.is_done(experiment, folder)]
     if not waiting or time.time() > deadline:
@@ -111,6 +111,7 @@ def train(
                     wait([turn.future for turn in turns], timeout=LOOK_S, return_when="FIRST_COMPLETED")
             else:
                 time.sleep(LOOK_S)
+            ran = [turn.experiment for turn in turns]
             for turn in [turn for turn in turns if turn.future.done() or turn.worker not in workers]:
                 turns.remove(turn)
                 answer = _answer(turn, deaths, folder)
@@ -119,7 +120,7 @@ def train(
                 if not answer.usable:  # Dask replaces a process that ends; asked to restart one, it may hang
                     key = f"end of {turn.worker}"
                     ended[turn.worker] = client.submit(os._exit, 1, key=key, workers=[turn.worker])
-            look([turn.experiment for turn in turns])
+            look(ran)  # those that are through with it, too
 
 
 def _answer(turn: Turn, deaths: Counter, folder: Path) -> Answer:

@@ -57,9 +57,6 @@ def findings() -> list[Finding]:
         ),
         _gpu(),
         *(_data(name, folder) for name, folder in DATA.items()),
-        Finding(
-            "browser", _browser() or "none", _if(not _browser(), "the tests of notebooks in Chromium are left out")
-        ),
     ]
 
 
@@ -98,10 +95,6 @@ def _gpu() -> Finding:
 def _data(name: str, folder: str) -> Finding:
     place = paths.data() / folder
     return Finding(name, f"in {place}" if place.exists() else "none", _if(not place.exists(), "make data gets it"))
-
-
-def _browser() -> str:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), "")
 
 
 def screen(found: list[Finding]) -> str:

@@ -51,9 +51,8 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, schedule
 
     Networks that another profile has trained are taken over. The data sets that are needed come first. With a budget,
     training stops in time, to go on when asked again, and latencies are not measured. With the address of a Dask
-    `scheduler`, its workers train. Raises ValueError or OSError,
-    before anything is done, where data can't be had; RuntimeError, behind everything else, for networks that could not
-    be trained.
+    `scheduler`, its workers train. Raises ValueError or OSError, before anything is done, where data can't be had;
+    RuntimeError, behind everything else, for networks that could not be trained.
     """
     if budget_s <= FIGURES_S:
         raise ValueError(f"a budget of {budget_s:g} s is too short: tables and figures alone may take {FIGURES_S:g} s")
@@ -190,20 +189,16 @@ def write_tables(profile: Profile) -> None:
 def _epochs_done(plan: list[Dense | Pruned | Channels], runs: Path) -> Callable[..., float]:
     """A function that says how many epochs of a plan are trained, and tells of each network that got done meanwhile.
 
-    Given the experiments that are running, it looks at these and the former ones alone: a plan may be long.
+    Given the experiments that are running or just ran, it looks at these alone: a plan may be long.
     """
     stands = {experiment: experiments.epochs_done(experiment, runs) for experiment in plan}
-    waiting = {experiment for experiment in plan if not experiments.is_done(experiment, runs)}
-    seen: set[Dense | Pruned | Channels] = set()
+    waiting = {experiment: None for experiment in plan if not experiments.is_done(experiment, runs)}
 
     def done(running: Collection[Dense | Pruned | Channels] | None = None) -> float:
-        nonlocal seen
-        looked_at = waiting if running is None else waiting & (seen | set(running))
-        seen = set(running or ())
-        for experiment in [e for e in plan if e in looked_at] if running is None else list(looked_at):
+        for experiment in [e for e in (waiting if running is None else running) if e in waiting]:
             stands[experiment] = experiments.epochs_done(experiment, runs)
             if experiments.is_done(experiment, runs):
-                waiting.remove(experiment)
+                del waiting[experiment]
                 tqdm.write(_summary(experiments.run(experiment, runs)["row"]), file=sys.stderr)
         return sum(stands.values())
 

@@ -391,6 +391,15 @@ def test_progress_counts_epochs_and_tells_of_networks_that_got_done(tmp_path, ca
     assert "unstructured" not in capsys.readouterr().err  # known before
 
 
+def test_progress_looks_at_what_ran_alone_and_tells_of_each_network_once(tmp_path, capsys):
+    plan = profiles.load("quick-dry-run").plan()[:2]
+    done = graph._epochs_done(plan, tmp_path)
+    experiments.run(plan[0], tmp_path)
+    assert done([]) == 0, "nobody looked"
+    assert done(plan[:1]) == experiments.epochs(plan[0]) == done(plan[:1]) == done()
+    assert capsys.readouterr().err.count("dense: accuracy") == 1
+
+
 def test_a_second_run_follows_the_first_and_then_gets_the_lock(tmp_path):
     looks = []
     with (tmp_path / "run.lock").open("w") as first:
