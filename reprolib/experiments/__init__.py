@@ -14,11 +14,13 @@ from reprolib.experiments.running import (
     epochs_done,
     is_done,
     load_model,
+    packed,
     run,
     set_aside_damaged,
     take_over,
+    unpack,
     untrained,
 )
 
 __all__ = ["CHECKPOINT", "Channels", "Dense", "Pruned", "check_target", "epochs", "epochs_done", "is_done"]
-__all__ += ["load_model", "run", "set_aside_damaged", "take_over", "untrained"]
+__all__ += ["load_model", "packed", "run", "set_aside_damaged", "take_over", "unpack", "untrained"]

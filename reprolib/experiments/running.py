@@ -97,9 +97,21 @@ def take_over(experiment: Dense | Pruned | Channels, folder: Path, others: Itera
     source = next((other for other in others if is_done(experiment, other)), None)
     if source is None:
         return False
-    for name in (WEIGHTS, RECORD):  # the record last: with it, the network is done
-        write_atomically(folder / experiment.run_id / name, (source / experiment.run_id / name).read_bytes())
+    unpack(experiment.run_id, folder, packed(experiment.run_id, source))
     return True
+
+
+def packed(run_id: str, folder: Path) -> dict[str, bytes]:
+    """The content of the files that the run has, by name."""
+    found = [folder / run_id / name for name in (CHECKPOINT, WEIGHTS, RECORD)]
+    return {path.name: path.read_bytes() for path in found if path.exists()}
+
+
+def unpack(run_id: str, folder: Path, files: dict[str, bytes]) -> None:
+    """Write the `packed` files of a run, its record last: with it, the network is done."""
+    for name in (CHECKPOINT, WEIGHTS, RECORD):
+        if name in files:
+            write_atomically(folder / run_id / name, files[name])
 
 
 def epochs(experiment: Dense | Pruned | Channels) -> int:

@@ -1,25 +1,23 @@
 """Many networks side by side, on one machine or many: workers of Dask train a plan, the first of it first.
 
-Dask starts processes, here or elsewhere, replaces those that die, and carries questions and answers. Networks are files
-(`running.run`): only names and errors travel. Which network is next is decided here, one for each worker: whatever else
-a worker held would go down with it.
+Dask carries questions and answers, here or to other machines. Networks are files (`running.run`): only names and errors
+travel, and files to and from machines without a disk in common. Which network is next is decided here, one for each
+worker: whatever else a worker held would go down with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import math
 import os
-import signal
-import threading
+import subprocess
+import sys
+import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 from reprolib import experiments
-from reprolib.experiments import Channels, Dense, Pruned, records
+from reprolib.experiments import Channels, Dense, Pruned, worker
+from reprolib.experiments.worker import Answer
 from reprolib.files import paths
-from reprolib.files.deadline import OutOfTime
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -38,19 +36,6 @@ LOOK_S = 0.5  # from one look at the networks to the next
 GRACE_S = 10.0  # that a network in evaluation has behind the deadline; then its process is ended
 DEATHS = 1  # of processes, after which a network is tried once more, from its last checkpoint
 START_S = 120.0  # that processes may take to start
-# What keeps every network from being written: a full disk, an exceeded quota, a folder that can't be written.
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR}
-
-
-class Answer(NamedTuple):
-    """What came of an experiment: errors, a line each; whether the process that ran it may go on; whether to start no
-    more of the plan anywhere; and whether to try it again.
-    """
-
-    errors: list[str]
-    usable: bool = True
-    stop: bool = False
-    again: bool = False
 
 
 class Turn(NamedTuple):
@@ -86,26 +71,33 @@ def train(
         return []
     from distributed import wait  # here: a second, whatever is asked for
 
-    errors, deaths, known, turns, ended = [], Counter(), set(), [], {}
-    with _client(min(processes, len(waiting)), threads, scheduler) as client:
+    errors, deaths, apart, turns, ended = [], Counter(), set(), [], {}
+    here = 0 if scheduler else min(processes, len(waiting))
+    with (
+        _mark(folder) as mark,
+        _client(scheduler) as client,
+        _processes(here, threads, client.scheduler.address, folder) as keep,
+    ):
         started_s = time.monotonic()
         while True:
+            keep()
             workers, late = set(client.nthreads()), time.time() > deadline
-            # One that was there at the last look is through with its start: nobody replaces one that dies in that.
-            idle = sorted((workers & known) - {turn.worker for turn in turns} - ended.keys())
-            known = workers
+            ended = {address: future for address, future in ended.items() if address in workers and not future.done()}
+            idle = sorted(workers - {turn.worker for turn in turns} - ended.keys())
             following = [] if late else _ready(waiting, folder, len(idle))
-            for experiment, worker in zip(following, idle, strict=False):
+            for experiment, address in zip(following, idle, strict=False):
                 waiting.remove(experiment)
-                key = f"{experiment.run_id}, {deaths[experiment]}, {records.fingerprint({'folder': str(folder)})}"
-                future = client.submit(_run, experiment, folder, deadline, threads, key=key, workers=[worker])
-                turns.append(Turn(experiment, worker, future))
+                key = f"{experiment.run_id}, {deaths[experiment]}, {address in apart}, {mark}"
+                sent = _files(experiment, folder) if address in apart else None
+                arguments = (experiment, folder, mark, deadline, threads, sent)
+                future = client.submit(worker.train, *arguments, key=key, workers=[address])
+                turns.append(Turn(experiment, address, future))
             if (not turns and (late or not waiting or (idle and not following))) or time.time() > deadline + GRACE_S:
                 return errors
             if workers or scheduler:
                 started_s = time.monotonic()
             elif time.monotonic() - started_s > START_S:
-                return [*errors, "no process that trains could be started: ask again to go on"]
+                return [*errors, f"no process that trains could be started, see {worker.log(folder)}"]
             if turns:
                 with contextlib.suppress(TimeoutError):
                     wait([turn.future for turn in turns], timeout=LOOK_S, return_when="FIRST_COMPLETED")
@@ -117,8 +109,11 @@ def train(
                 answer = _answer(turn, deaths, folder)
                 errors += [line for line in answer.errors if line not in errors]
                 waiting = [] if answer.stop else [turn.experiment] * answer.again + waiting
-                if not answer.usable:  # Dask replaces a process that ends; asked to restart one, it may hang
-                    key = f"end of {turn.worker}"
+                apart |= {turn.worker} if answer.apart else set()
+                for run_id, files in (answer.files or {}).items():
+                    experiments.unpack(run_id, folder, files)
+                if not answer.usable:  # whoever started it replaces it
+                    key = f"end of {turn.worker}, {mark}"
                     ended[turn.worker] = client.submit(os._exit, 1, key=key, workers=[turn.worker])
             look(ran)  # those that are through with it, too
 
@@ -131,7 +126,7 @@ def _answer(turn: Turn, deaths: Counter, folder: Path) -> Answer:
     deaths[turn.experiment] += 1
     if deaths[turn.experiment] <= DEATHS:
         return Answer([], again=True)
-    log = folder.parent / "training.log"
+    log = worker.log(folder)
     return Answer([f"{turn.experiment.label}: its process died (see {log}); out of memory? Ask again to go on"])
 
 
@@ -146,79 +141,77 @@ def _ready(waiting: list[Dense | Pruned | Channels], folder: Path, most: int) ->
     return found
 
 
-# --- What workers do --------------------------------------------------------------------------------------------------
-
-
-def _run(experiment: Dense | Pruned | Channels, folder: Path, deadline: float, threads: int) -> Answer:
-    """Run an experiment, and say what came of it: no error if it is done or out of time."""
-    _begin()
-    torch.set_num_threads(threads)
-    log = folder.parent / "training.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", buffering=1) as file, contextlib.redirect_stderr(file):
-        try:
-            experiments.run(experiment, folder, deadline)
-        except OutOfTime:
-            pass
-        except (ValueError, OSError) as error:
-            if getattr(error, "errno", None) in UNWRITABLE:
-                what = f"{folder}: {error.strerror}: nothing more is trained; make room there, and ask again to go on"
-                return Answer([what], stop=True)
-            return Answer([f"{experiment.label}: {error}"])
-        except Exception as error:  # whatever it is, the plan goes on; a GPU may be unusable behind it, so not here
-            traceback.print_exc()
-            return Answer([f"{experiment.label}: {type(error).__name__}: {error} (see {log})"], usable=False)
-    return Answer([])
-
-
-@functools.cache
-def _begin() -> None:
-    """Once in a process."""
-    tqdm.set_lock(threading.RLock())  # not one between processes, which would outlive a process that is ended
-    records.commit()  # kept from here on: the code may change on disk while this process trains with what it has loaded
-
-
 # --- Where they run ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _client(processes: int, threads: int, scheduler: str) -> Iterator[Client]:
-    """A client of the scheduler, or of a cluster on this machine that ends with it."""
+def _client(scheduler: str) -> Iterator[Client]:
+    """A client of the scheduler, or of one in this process that ends with it."""
     import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed import Client, LocalCluster
 
     config = {
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(
-            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
-        ),
         "distributed.scheduler.allowed-failures": 0,  # who tries again is decided here
-        "distributed.worker.daemon": True,
         "distributed.dashboard.link": "http://{host}:{port}/status",
-        "temporary-directory": str(paths.home() / ".cache" / "dask"),
+        "distributed.admin.large-graph-warning-threshold": "1 TB",  # networks are large, and sent on purpose
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(config))
         if not scheduler:
-            options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
-            options |= {"silence_logs": logging.CRITICAL}
-            workers = [{"cls": Nanny, "options": options | {"env": each}} for each in _surroundings(processes)]
-            head = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-            with _ctrl_c_held():
-                cluster = SpecCluster(dict(enumerate(workers)), head, silence_logs=logging.CRITICAL)
-            scheduler = stack.enter_context(cluster)
-            tqdm.write(f"to watch the processes: {cluster.dashboard_link}")
+            options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
+            scheduler = stack.enter_context(LocalCluster(n_workers=0, **options))
+            tqdm.write(f"to watch the processes: {scheduler.dashboard_link}")
         yield stack.enter_context(Client(scheduler, timeout="10 s"))
 
 
 @contextlib.contextmanager
-def _ctrl_c_held() -> Iterator[None]:
-    """Ctrl-C waits until this is left, and never reaches a process whose start began here: who started it ends it."""
-    resource_tracker.ensure_running()  # of multiprocessing: its start would let Ctrl-C through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _processes(processes: int, threads: int, scheduler: str, folder: Path) -> Iterator[Callable[[], None]]:
+    """Processes here that train for a scheduler, until this is left; the function replaces those that have ended.
+
+    Dask's own way, a nanny for each, ends with a process that has lost its connection.
+    """
+    running: dict[int, subprocess.Popen] = {}
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    ours = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "DASK_LOGGING__DISTRIBUTED": "critical"}
+    log = worker.log(folder)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", worker.__name__, scheduler, str(paths.home() / ".cache" / "dask")]
+    with log.open("a") as told:
+
+        def keep() -> None:
+            for number, surroundings in enumerate(_surroundings(processes)):
+                if number not in running or running[number].poll() is not None:
+                    # Without our group: Ctrl-C does not reach it.
+                    running[number] = subprocess.Popen(
+                        command,
+                        env=os.environ | counts | surroundings | ours,
+                        stdin=subprocess.DEVNULL,
+                        stdout=told,
+                        stderr=told,
+                        process_group=0,
+                    )
+
+        try:
+            yield keep
+        finally:
+            for process in running.values():
+                process.kill()  # what it has not finished lies in a checkpoint
+            for process in running.values():
+                process.wait()
+
+
+@contextlib.contextmanager
+def _mark(folder: Path) -> Iterator[str]:
+    """The name of a file in `folder`, as long as this is not left: who sees it has our disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".mark-") as file:
+        yield Path(file.name).name
+
+
+def _files(experiment: Dense | Pruned | Channels, folder: Path) -> worker.Files:
+    """What a worker without our disk needs: the dense network, and a checkpoint to go on from."""
+    needed = [experiment] if isinstance(experiment, Dense) else [experiment.dense, experiment]
+    return {each.run_id: experiments.packed(each.run_id, folder) for each in needed}
 
 
 def _surroundings(processes: int) -> list[dict[str, str]]:

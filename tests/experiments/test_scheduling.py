@@ -1,5 +1,6 @@
 """Workers train a plan: dense networks first, errors do not stop the others, and a deadline does."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -45,17 +46,25 @@ def own(tmp_path, monkeypatch):
 
 
 OWN = """
-import os, pathlib
+import os, pathlib, time
 from torch import nn
 
 def deadly(num_classes):
     os._exit(1)
 
 def deadly_once(num_classes):
+    return at_first(num_classes, lambda: os._exit(1))
+
+def lost_once(num_classes):
+    from distributed import get_worker
+    worker = get_worker()
+    return at_first(num_classes, lambda: (worker.loop.add_callback(worker.batched_stream.abort), time.sleep(1000)))
+
+def at_first(num_classes, end):
     told = pathlib.Path("{folder}") / "died"
     if not told.exists():
         told.touch()
-        os._exit(1)
+        end()
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 def faulty(num_classes):
@@ -77,9 +86,10 @@ def test_dead_processes_and_unforeseen_errors_are_named_and_the_plan_goes_on(tmp
     assert experiments.is_done(DENSE, tmp_path / "runs")
 
 
-def test_a_network_whose_process_dies_once_is_tried_again(tmp_path, own):
-    assert train([own("deadly_once")], tmp_path / "runs", processes=1) == []
-    assert (tmp_path / "died").exists() and experiments.is_done(own("deadly_once"), tmp_path / "runs")
+@pytest.mark.parametrize("name", ["deadly_once", "lost_once"])
+def test_a_network_whose_process_dies_or_loses_its_scheduler_once_is_tried_again(tmp_path, own, name):
+    assert train([own(name)], tmp_path / "runs", processes=1) == []
+    assert (tmp_path / "died").exists() and experiments.is_done(own(name), tmp_path / "runs")
 
 
 def test_a_full_disk_is_told_once_and_ends_the_plan(tmp_path, own):
@@ -111,6 +121,35 @@ def test_workers_of_a_scheduler_elsewhere_train_and_go_on_when_one_is_killed(tmp
             process.wait()
     assert errors == [], (tmp_path / "log").read_text()
     assert processes[-1].returncode == -9 and experiments.is_done(PRUNED, tmp_path / "runs")
+
+
+@pytest.fixture
+def no_disk_in_common(tmp_path, monkeypatch):
+    """As on a machine that does not see the folder of those that ask: the mark that lies there is not found."""
+    monkeypatch.setattr(scheduling, "_mark", lambda folder: contextlib.nullcontext("another disk"))
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_worker_without_our_disk_gets_and_sends_files(tmp_path, no_disk_in_common):
+    assert train([DENSE, PRUNED], tmp_path / "runs", processes=1) == []
+    for experiment in (DENSE, PRUNED):
+        there = experiments.run(experiment, tmp_path / "runs")
+        here = experiments.run(experiment, tmp_path / "again")
+        assert [there[part] for part in ("row", "curve")] != [] and there["curve"] == here["curve"]
+        files = [experiments.packed(experiment.run_id, tmp_path / folder) for folder in ("runs", "again")]
+        assert files[0].keys() == files[1].keys() == {"record.json", "weights.safetensors"}
+        assert files[0]["weights.safetensors"] == files[1]["weights.safetensors"]
+    assert [path.name for path in no_disk_in_common.iterdir()] == [".cache"]  # nothing stays on the other machine
+
+
+def test_a_worker_without_our_disk_sends_its_checkpoint_when_time_is_over(tmp_path, no_disk_in_common):
+    long = Dense("noisy-digits", Recipe(epochs=10**6, batch_size=32), width=0.0625, images=64)
+    progress = []
+    for seconds in (20, 15):
+        assert train([long], tmp_path / "runs", processes=1, deadline=time.time() + seconds) == []
+        progress.append(experiments.epochs_done(long, tmp_path / "runs"))
+    assert 0 < progress[0] < progress[1]
 
 
 def test_a_scheduler_that_is_not_there_is_an_os_error(tmp_path):
