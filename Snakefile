@@ -1,6 +1,7 @@
-# The graph: which notebook makes what out of which tables. `make` is its front door, reprolib/workflow/graph.py calls
-# it, in the folder of results. Snakemake deletes what a job makes before the job runs, and when it fails or is stopped.
-# So nothing that git tracks is made here: notebooks draw into drawn/, and graph.py moves what is done to its place.
+# The graph: networks, then tables, latencies, figures and claims. `make` is its front door; `snakemake --cores 2`, with
+# `--config profile=laptop`, does the same without a bar. Snakemake deletes what a job makes before the job runs, and when
+# it fails or is stopped. So what git tracks is made in no such way: tables are updated; notebooks draw into drawn/, and
+# graph.py moves what is done to its place. Networks are no outputs at all: a job that fails must not delete the others.
 # Paths of what is made are relative, others are parameters from functions: Snakemake takes braces in any other path for
 # wildcards.
 import hashlib
@@ -13,6 +14,7 @@ import torch
 
 from reprolib.experiments import profiles
 from reprolib.files import paths
+from reprolib.workflow import graph
 
 PYTHON = sys.executable
 RUN = (
@@ -48,13 +50,16 @@ if "plan" in config:  # make sweep: the points of a grid, each a run of one note
 
 
 else:  # make reproduce, make figures: one profile
-    profile = profiles.load(config["profile"])
+    profile = profiles.load(config.get("profile", "quick"))
     RESULTS = paths.results(profile.name)
+    workdir: str(RESULTS)
     EXECUTED, DRAWN = paths.executed(profile.name).name, paths.drawn(profile.name).name
-    # Written before the graph runs: tables of the trained networks and of latencies.
+    TRAINED = paths.trained(profile.name).name
     ACCURACY = paths.accuracy_csv(profile.name).name
     ABLATIONS = [paths.ablations_csv(profile.name).name] if profile.ablations else []
     LATENCY = paths.latency_csv(profile.name).name
+    graph.note_whole(profile)  # without a record, rule networks runs
+
     PEERS = [path.name for path in [paths.short_latency_csv(profile.name)] if path.exists()]
 
     def draws(number):
@@ -73,13 +78,56 @@ else:  # make reproduce, make figures: one profile
 
     rule all:
         input:
+            TRAINED,
             f"{EXECUTED}/01.ipynb",
             f"{EXECUTED}/02.ipynb",
             [f"{DRAWN}/{number}" for number in ("00", "03", *["04"] * bool(ABLATIONS), *["05", "06"] * TIMED, "07")],
 
+    onsuccess:
+        graph.publish(profile.name)
+
+    # --- Networks, and the tables of what they reach ------------------------------------------------------------------
+
+    rule networks:  # trained and pruned
+        # The whole grid: reprolib/experiments/scheduling.py trains what has no record.
+        output:
+            TRAINED,
+        params:
+            command=lambda wildcards: graph.command("networks", profile.name, workflow.cores),
+        threads: workflow.cores
+        resources:
+            gpu=1,
+        shell:
+            "exec {params.command}"
+
+    rule tables:  # accuracy.csv, ablations.csv
+        input:
+            TRAINED,
+        output:
+            update(ACCURACY),
+            [update(name) for name in ABLATIONS],
+        params:
+            command=lambda wildcards: graph.command("tables", profile.name, workflow.cores),
+        shell:
+            "exec {params.command}"
+
+    rule latencies:  # latency.csv
+        # Nothing else runs meanwhile. What was measured stays: deleted, it is measured anew.
+        input:
+            ancient(TRAINED),
+        output:
+            update(LATENCY),
+        params:
+            command=lambda wildcards: graph.command("latencies", profile.name, workflow.cores),
+        threads: workflow.cores
+        resources:
+            gpu=1,
+        shell:
+            "test -e {output:q} || exec {params.command}"
+
     # --- How one network was trained and pruned -----------------------------------------------------------------------
 
-    rule dense_report:
+    rule dense_report:  # notebook 01
         input:
             ACCURACY,
         output:
@@ -93,7 +141,7 @@ else:  # make reproduce, make figures: one profile
         shell:
             RUN
 
-    rule pruning_report:
+    rule pruning_report:  # notebook 02
         input:
             ACCURACY,
         output:

@@ -30,7 +30,7 @@ from reprolib.workflow import graph, notebooks
 PAGES = [paths.ROOT / "README.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
 MAKEFILE = (paths.ROOT / "Makefile").read_text()
 RUN = {"help", "trace"}  # make targets that take seconds and write nothing
-OTHERS = {"git", "cd", "pip", "export", "compute-sanitizer", "dask", "srun"}  # programs that are not ours
+OTHERS = {"git", "cd", "pip", "export", "compute-sanitizer", "dask", "srun", "snakemake"}  # programs that are not ours
 # What the text around Python blocks speaks of: names of the module that it tells to edit, a network, a layer, images.
 TOLD = """
 from dataclasses import dataclass

@@ -36,6 +36,11 @@ def runs(profile: str) -> Path:
     return results(profile) / "runs"
 
 
+def trained(profile: str) -> Path:
+    """A note that is there as long as every network of the profile has its record."""
+    return results(profile) / "trained.txt"
+
+
 def accuracy_csv(profile: str) -> Path:
     return results(profile) / "accuracy.csv"
 

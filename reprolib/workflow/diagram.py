@@ -1,15 +1,26 @@
-"""The steps of the paper and what each needs, as a drawing in SVG: what is left makes what is right of it."""
+"""The steps of the paper and what each needs, as a drawing in SVG: what is left makes what is right of it.
+
+``python -m reprolib.workflow.diagram`` draws the rules of the Snakefile into ``figures/graph.svg``.
+"""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from html import escape
 
 from markupsafe import Markup
 
 from reprolib.files import paths
+from reprolib.files.atomic import write_atomically
+from reprolib.files.processes import environment
 
+PICTURE = paths.ROOT / "figures" / "graph.svg"
+STYLE = """<style>rect { fill: #f6f8fa; stroke: #57606a } path { fill: none; stroke: #8c959f }
+text { font: 12px sans-serif; fill: #1f2328 } .more { fill: #57606a } .heading { text-anchor: middle; fill: #57606a }
+</style><rect width="100%" height="100%" style="fill: white; stroke: none"/>"""
 LETTER, LINE, GAP, BETWEEN = 6.6, 17, 14, 40  # width of a letter, height of a line, space between boxes and columns
 TABLES = {
     "ACCURACY": "accuracy.csv",
@@ -41,8 +52,28 @@ def needs() -> dict[str, dict]:
     return dict(sorted(found.items()))
 
 
-def svg(columns: dict[str, list[Box]]) -> Markup:
-    """Boxes in columns under their headings, and a line to a box from each that it needs.
+def graph() -> str:
+    """The rules of the Snakefile as an SVG of its own: edges as Snakemake says, what a rule makes by its comment."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--cores", "1"]
+    command += ["--config", "profile=laptop", "--rulegraph", "mermaid-js"]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout
+    rules = dict(re.findall(r"(id\d+)\[(\w+)\]", drawn))
+    edges = [(rules[start], rules[end]) for start, end in re.findall(r"(id\d+) --> (id\d+)", drawn)]
+    made = dict(re.findall(r"^    rule (\w+):  # ([^;\n]+)", (paths.ROOT / "Snakefile").read_text(), re.MULTILINE))
+    columns: dict[str, list[Box]] = {"train": [], "collect, measure": [], "draw, decide": []}
+    for rule in made:
+        before = tuple(start for start, end in edges if end == rule)
+        kind = "train" if rule == "networks" else "collect, measure" if before == ("networks",) else "draw, decide"
+        columns[kind].append(Box(rule, (rule.replace("_", " "), made[rule]), before))
+    return svg(columns, "Rules of the Snakefile: a line leads from a rule to each that needs what it makes.", STYLE)
+
+
+def svg(
+    columns: dict[str, list[Box]],
+    told: str = "Which step needs what: the table below says the same in words.",
+    style: str = "",
+) -> Markup:
+    """Boxes in columns under their headings, and a line to a box from each that it needs; `told` is for who can't see.
 
     A box that is alone in its column stands level with what it needs, so that chains are straight.
     """
@@ -66,10 +97,9 @@ def svg(columns: dict[str, list[Box]]) -> Markup:
     boxes = [box for column in columns.values() for box in column]
     lines = [_line(place[need], place[box.key]) for box in boxes for need in box.needs]
     width, height = left - BETWEEN + 1, max(y + height for _, y, _, height in place.values()) + 1
-    told = "Which step needs what: the table below says the same in words."
     return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{told}">'
-        f"{''.join(lines)}{''.join(parts)}</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}" role="img" aria-label="{told}">{style}{"".join(lines)}{"".join(parts)}</svg>'
     )
 
 
@@ -81,3 +111,7 @@ def _line(start: tuple[float, ...], end: tuple[float, ...]) -> str:
         return f'<path d="M{x:g},{y:g} C{x + bend:g},{y:g} {to_x - bend:g},{to_y:g} {to_x:g},{to_y:g}"/>'
     x, y = x + width / 2, y + height
     return f'<path d="M{x:g},{y:g} C{x:g},{to_y:g} {x:g},{to_y:g} {x + 60:g},{to_y:g} L{to_x:g},{to_y:g}"/>'
+
+
+if __name__ == "__main__":
+    write_atomically(PICTURE, graph())

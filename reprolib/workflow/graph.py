@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -58,7 +59,40 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, schedule
         raise ValueError(f"a budget of {budget_s:g} s is too short: tables and figures alone may take {FIGURES_S:g} s")
     deadline = time.time() + budget_s - FIGURES_S
     print(f"{profile.name}: {profile.purpose}; {cores} cores")
-    folder, runs, plan = paths.results(profile.name), paths.runs(profile.name), profile.plan()
+    folder, latency_csv = paths.results(profile.name), paths.latency_csv(profile.name)
+    with _networks(profile, cores, deadline, scheduler) as (errors, lock):
+        whole = paths.trained(profile.name).exists() and budget_s == math.inf
+        if whole and not latency_csv.exists():
+            measuring = subprocess.run(_measuring(profile.name, cores), check=False, env=environment())
+            if measuring.returncode:
+                errors.append("latencies could not be measured, see above: make bench tries again")
+        try:
+            if whole and latency_csv.exists():
+                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name})
+                publish(profile.name)
+            else:
+                draw(profile.name, cores, lock)
+        except (RuntimeError, OSError) as failed:
+            errors.append(str(failed).removeprefix("error: "))
+    _refuse(errors)
+    print(f"figures and tables: {paths.figures(profile.name)}")
+    print(f"numbers: {paths.accuracy_csv(profile.name)}")
+
+
+def networks(profile: Profile, cores: int) -> None:
+    """Train what has no record yet of a profile. Raises as `reproduce`."""
+    with _networks(profile, cores) as (errors, _):
+        _refuse(errors)
+
+
+@contextmanager
+def _networks(
+    profile: Profile, cores: int, deadline: float = math.inf, scheduler: str = ""
+) -> Iterator[tuple[list[str], IO]]:
+    """Train what is missing of a profile and write its tables; what went wrong, and the lock of its results, which is
+    held until this is left.
+    """
+    runs, plan = paths.runs(profile.name), profile.plan()
     experiments.set_aside_damaged(plan, runs)
     missing = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
     others = sorted(paths.home().glob("results/*/runs"))
@@ -69,7 +103,7 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, schedule
         data.fetch(dataset)
     with ExitStack() as stack:
         with runner.bar(sum(map(experiments.epochs, plan)), _epochs_done(plan, runs), "epoch") as look:
-            lock = stack.enter_context(runner.only_run(folder, look))
+            lock = stack.enter_context(runner.only_run(paths.results(profile.name), look))
             errors = scheduling.train(
                 plan,
                 runs,
@@ -79,25 +113,32 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, schedule
                 look=look,
                 scheduler=scheduler,
             )
-        missing = sum(not experiments.is_done(experiment, runs) for experiment in plan)
-        write_tables(profile)
-        if missing:
+        if missing := note_whole(profile):
             print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
-        whole = not missing and budget_s == math.inf
-        if whole and not paths.latency_csv(profile.name).exists() and not _measured(profile.name, cores):
-            errors.append("latencies could not be measured, see above: make bench tries again")
-        try:
-            if whole and paths.latency_csv(profile.name).exists():
-                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name})
-                publish(profile.name)
-            else:
-                draw(profile.name, cores, lock)
-        except (RuntimeError, OSError) as failed:
-            errors.append(str(failed).removeprefix("error: "))
+        write_tables(profile)
+        yield errors, lock
+
+
+def note_whole(profile: Profile) -> int:
+    """How many networks of a profile have no record. Its note ``trained.txt`` is there as long as that is none."""
+    plan, note = profile.plan(), paths.trained(profile.name)
+    missing = sum(not experiments.is_done(experiment, paths.runs(profile.name)) for experiment in plan)
+    if missing:
+        note.unlink(missing_ok=True)
+    elif not note.exists():
+        write_atomically(note, f"{len(plan)} networks\n")
+    return missing
+
+
+def command(name: str, profile_name: str, cores: int) -> str:
+    """For a shell: what a rule of the Snakefile runs."""
+    parts = [sys.executable, "-m", "reprolib.workflow.graph", "--cores", str(cores), name, "--profile", profile_name]
+    return shlex.join(_measuring(profile_name, cores) if name == "latencies" else parts)
+
+
+def _refuse(errors: list[str]) -> None:
     if errors:
         raise RuntimeError("\n".join(f"error: {line}" for line in errors))
-    print(f"figures and tables: {paths.figures(profile.name)}")
-    print(f"numbers: {paths.accuracy_csv(profile.name)}")
 
 
 def figures(profile: Profile, cores: int) -> None:
@@ -153,12 +194,11 @@ def publish(profile_name: str) -> list[Path]:
     return published
 
 
-def _measured(profile_name: str, cores: int) -> bool:
-    """Measure the latencies of a profile's networks, while nothing else runs; whether that went well."""
+def _measuring(profile_name: str, cores: int) -> list[str]:
+    """The command that measures the latencies of a profile's networks; nothing else may run meanwhile."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    command = [sys.executable, "-m", "reprolib.bench", "latency", "--own", "--profile", profile_name]
-    command += ["--device", device, "--threads", str(cores), "--output", str(paths.latency_csv(profile_name))]
-    return subprocess.run(command, check=False, env=environment()).returncode == 0
+    parts = [sys.executable, "-m", "reprolib.bench", "latency", "--own", "--profile", profile_name]
+    return [*parts, "--device", device, "--threads", str(cores), "--output", str(paths.latency_csv(profile_name))]
 
 
 def _has_pair(accuracy: pd.DataFrame) -> bool:
@@ -238,6 +278,8 @@ def main() -> None:
     reproducing.add_argument("--profile", default="")
     reproducing.add_argument("--budget", type=seconds, default=math.inf, help="such as 20m or 1h30m")
     reproducing.add_argument("--scheduler", default="", help="of Dask, elsewhere: tcp://host:8786")
+    for part in ("networks", "tables"):  # of the Snakefile
+        commands.add_parser(part).add_argument("--profile", required=True)
     commands.add_parser("figures").add_argument("--profile", default="quick")
     commands.add_parser("report").add_argument("--profile", default="quick")
     sweeping = commands.add_parser("sweep")
@@ -249,6 +291,10 @@ def main() -> None:
         match arguments.command:
             case "reproduce":
                 reproduce(_profile(arguments.profile), arguments.cores, arguments.budget, arguments.scheduler)
+            case "networks":
+                networks(profiles.load(arguments.profile), arguments.cores)
+            case "tables":
+                write_tables(profiles.load(arguments.profile))
             case "figures":
                 figures(profiles.load(arguments.profile), arguments.cores)
             case "report":

@@ -214,6 +214,10 @@ def test_steps_are_those_of_the_graph():
     assert steps["06"] == {"rule": "latency_figure", "tables": ["accuracy.csv", "latency.csv", "latency-short.csv"]}
 
 
+def test_committed_picture_of_the_graph_is_drawn_from_the_snakefile():
+    assert diagram.PICTURE.read_text() == diagram.graph(), "python -m reprolib.workflow.diagram draws it anew"
+
+
 def test_diagram_draws_a_line_for_each_need():
     columns = {
         "a": [diagram.Box("1", ("one",)), diagram.Box("2", ("<two>",))],
