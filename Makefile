@@ -17,7 +17,7 @@ GRAPH := $(REPROLIB).workflow.graph $(if $(CORES),--cores $(CORES))
 STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .DEFAULT_GOAL := help
-.PHONY: help env doctor data test test-faults lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-trained bench-train lab lock clean
+.PHONY: help env doctor data test test-faults test-cluster lint strip reproduce figures report site trace sweep bench bench-peers bench-networks bench-trained bench-train lab lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: env lint ## run all tests, every notebook included
 
 test-faults: env ## run the tests of docs/reliability.md, with 20 killed runs; leave the machine alone for an hour
 	REPROLIB_KILLS=20 exec $(BIN)/python -m pytest $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/reliability.md)
+
+test-cluster: env ## run quick on a SLURM and on machines without a common disk, all here; needs root, slurm-wlm, iproute2
+	REPROLIB_CLUSTER=1 exec $(BIN)/python -m pytest tests/cluster
 
 lint: env ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
