@@ -195,6 +195,12 @@ class Pattern:
         """The scores, those of units raised that are to stay before all others."""
         return scores
 
+    def groups(self, weight: Tensor) -> Tensor:
+        """The number of every weight's group, int64, shaped like `weight`."""
+        scores = self.unit_scores(weight)
+        numbers = torch.arange(len(scores), device=weight.device)[:, None]
+        return self._spread_over(weight, numbers.expand_as(scores))
+
     def units_with(self, mask: Tensor, weight: Tensor) -> Tensor:
         """The weights whose unit has a weight in `mask`; bool, both shaped like `weight`."""
         return self._spread_over(weight, self._units_in(mask, self.unit_scores(weight)))
@@ -455,12 +461,20 @@ class Hybrid(Pattern):
         target = sparsity if target is None else target
         fine = self._fine_mask(weight, sparsity, Step(alive, target, within))
         ranks, units = self.coarse.ranks(weight * fine if self.rescore else weight, alive)
-        count = _units_to_keep(ranks, units, fine, fine, _wanted(weight, sparsity, within))
+        count = _units_to_keep(ranks, units, fine.double(), _wanted(weight, sparsity, within))
         if target > sparsity:
             there = torch.ones_like(fine) if alive is None else self.coarse.units_with(alive, weight)
             fine_at_the_end = self._fine_mask(weight, target, Step(alive, target, within))
-            count = max(count, _units_to_keep(ranks, units, there, fine_at_the_end, _wanted(weight, target, within)))
+            # How many weights will be left then is known, of each group its part, but not which ones.
+            groups = self.fine.groups(weight)
+            expected = there * _mean_of_groups(self.fine.mask(weight, self.fine_sparsity(target)), groups)
+            expected *= fine_at_the_end.sum() / expected.sum()
+            count = max(count, _units_to_keep(ranks, units, expected, _wanted(weight, target, within)))
         return fine, ranks < count
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """One group: the coarse half takes its units from all of the weight."""
+        return torch.zeros(weight.shape, dtype=torch.int64, device=weight.device)
 
     def fine_sparsity(self, sparsity: float) -> float:
         """The fine half's share of a target."""
@@ -497,18 +511,21 @@ def _wanted(weight: Tensor, sparsity: float, within: Tensor | None) -> int:
     return count if within is None else round(count * within.sum().item() / within.numel())
 
 
-def _units_to_keep(ranks: Tensor, units: int, counted: Tensor, fine: Tensor, wanted: int) -> int:
-    """How many units the coarse half keeps in each group, for the AND with `fine` to come nearest to `wanted` weights.
+def _mean_of_groups(mask: Tensor, groups: Tensor) -> Tensor:
+    """Of every weight the share of its group that `mask` keeps, float64."""
+    kept, whole = torch.bincount(groups[mask], minlength=int(groups.max()) + 1), torch.bincount(groups.flatten())
+    return (kept.double() / whole)[groups]
 
-    `counted` is `fine` itself, or a larger mask: then `fine` is taken to be spread evenly over it.
+
+def _units_to_keep(ranks: Tensor, units: int, expected: Tensor, wanted: int) -> int:
+    """How many units the coarse half keeps in each group, for the AND to come nearest to `wanted` weights.
+
+    `expected` says of every weight how much of it the fine half keeps: all, nothing, or its share.
     """
-    # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group; in whole numbers.
-    share, whole = int(fine.sum()), int(counted.sum())
-    kept = torch.bincount(ranks[counted], minlength=units).cumsum(0) * share
-    distance = (
-        (kept - wanted * whole).abs().masked_fill(kept == 0, ranks.numel() * whole)
-    )  # a layer never becomes empty
-    return int(distance.argmin()) + 1
+    # kept[c - 1]: how many weights the AND keeps when the coarse half keeps c units in each group.
+    kept = torch.bincount(ranks.flatten(), expected.flatten(), minlength=units).cumsum(0)
+    distance = (kept - wanted).abs().round(decimals=6)  # so that in whatever order they were added, equal is equal
+    return int(distance.masked_fill(kept == 0, math.inf).argmin()) + 1  # a layer never becomes empty
 
 
 def check_sparsity(sparsity: float) -> None:

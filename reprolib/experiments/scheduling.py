@@ -204,6 +204,8 @@ def _processes(processes: int, threads: int, scheduler: str, folder: Path) -> It
 def _mark(folder: Path) -> Iterator[str]:
     """The name of a file in `folder`, as long as this is not left: who sees it has our disk."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".mark-*"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".mark-") as file:
         yield Path(file.name).name
 
