@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STAMP = ".complete"  # written last: what the environment was built for
+
+ADDRESSES_GB = 6  # that a process must be allowed: one that trains uses four to five
 
 # A folder in the checkout, and the files whose change makes it stale: the lock is the first of them.
 Environment = namedtuple("Environment", "folder inputs")
@@ -174,6 +177,12 @@ def main():
     parser.add_argument("--this-python", action="store_true", help="an environment of another Python cannot stay")
     parser.add_argument("--peers", action="store_true", help="the one of other makers' engines; run this from .venv")
     arguments = parser.parse_args()
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed != resource.RLIM_INFINITY and allowed < ADDRESSES_GB * 1e9:
+        sys.exit(
+            f"error: a process may use {allowed / 1e9:.1f} GB of addresses here (ulimit -v), and {ADDRESSES_GB} GB are "
+            "needed: ulimit -v unlimited"
+        )
     environment = PEERS if arguments.peers else MAIN
     this_python = arguments.this_python and environment is MAIN
     why = fault(environment, this_python)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,19 @@ def test_make_says_what_it_needs(make, arguments, message, tmp_path):
     shutil.copy(paths.ROOT / "Makefile", tmp_path)
     done = subprocess.run([make, "env", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode and message in done.stdout + done.stderr
+
+
+def test_too_little_address_space_gets_one_line():
+    allowed = environment.ADDRESSES_GB * 10**9 // 2
+    done = subprocess.run(
+        [sys.executable, "-m", "reprolib.files.environment"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and done.stderr == (
+        "error: a process may use 3.0 GB of addresses here (ulimit -v), and 6 GB are needed: ulimit -v unlimited\n"
+    )
 
 
 def test_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
