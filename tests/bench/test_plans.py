@@ -7,5 +7,6 @@ def test_plans_are_as_large_as_they_say(monkeypatch):
     sizes = []
     is_done = plans.experiments.is_done
     monkeypatch.setattr(plans.experiments, "is_done", lambda e, folder: sizes.append(e) or is_done(e, folder))
-    planned_s, resumed_s = plans.plan_times_s(200)
-    assert len(sizes) == 2 + 200 and min(planned_s, resumed_s) > 0
+    monkeypatch.setattr(plans, "_watched_pct", lambda plan, folder: len(plan))
+    planned_s, resumed_s, watched = plans.costs(200)
+    assert len(sizes) == watched == 2 + 200 and min(planned_s, resumed_s) > 0
