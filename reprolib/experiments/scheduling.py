@@ -175,7 +175,8 @@ def _processes(processes: int, threads: int, scheduler: str, folder: Path) -> It
     ours = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "DASK_LOGGING__DISTRIBUTED": "critical"}
     log = worker.log(folder)
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", worker.__name__, scheduler, str(paths.home() / ".cache" / "dask")]
+    scratch = paths.home() / ".cache" / "dask"
+    command = [sys.executable, "-m", worker.__name__, scheduler, str(scratch), str(os.getpid())]
     with log.open("a") as told:
 
         def keep() -> None:

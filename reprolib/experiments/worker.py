@@ -1,7 +1,6 @@
 """A process that trains networks: what it is asked for, and what it answers.
 
-``python -m reprolib.experiments.worker tcp://host:8786`` is such a process, on the machine that asks; elsewhere it is
-``dask worker``.
+`scheduling` starts this module on the machine that asks; elsewhere, ``dask worker`` is such a process.
 """
 
 from __future__ import annotations
@@ -119,5 +118,5 @@ async def _serve(scheduler: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    end_with_parent(int(sys.argv.pop()))
     asyncio.run(_serve(*sys.argv[1:]))
