@@ -119,11 +119,11 @@ def test_slurm(alone, start, tmp_path):
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
 
     wait_for(lambda: "idle" in says("sinfo", "--noheader"), (tmp_path / "log").read_text)
-    start(*DASK, "scheduler", "--scheduler-file", "dask.json", "--port", "18787", cwd=tmp_path)
+    address = "tcp://127.0.0.1:18787"
+    start(*DASK, "scheduler", "--port", "18787", cwd=tmp_path)
     for _ in range(2):
-        command = ["srun", "--ntasks", "1", *DASK, "worker", "--scheduler-file", tmp_path / "dask.json", *WORKER]
-        start(*command, env=environment)
-    front = start(*reproduce("--scheduler", "tcp://127.0.0.1:18787"), env=environment)
+        start("srun", "--ntasks", "1", *DASK, "worker", address, *WORKER, env=environment)
+    front = start(*reproduce("--scheduler", address), env=environment)
     wait_for(lambda: records_of(tmp_path) >= 2, (tmp_path / "log").read_text, seconds=600)
     first, second = says("squeue", "--noheader", "--format=%i", "--states=R").split()
     subprocess.run(["scancel", "--signal=KILL", first], env=environment, check=True)
@@ -174,4 +174,4 @@ def test_machines_without_a_common_disk(alone, start, tmp_path):
 
 
 def test_what_readme_says_is_what_is_tried():
-    assert " ".join(["dask worker --scheduler-file dask.json", *WORKER[:4]]) in (paths.ROOT / "README.md").read_text()
+    assert " ".join(["dask worker tcp://host:8786", *WORKER[:4]]) in (paths.ROOT / "README.md").read_text()
