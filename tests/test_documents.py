@@ -263,7 +263,7 @@ def test_wrong_command_is_found(command, why):
 def test_every_fault_of_the_page_on_reliability_has_its_test():
     page = (paths.ROOT / "docs" / "reliability.md").read_text()
     named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", page)
-    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    rows = [line for line in page.partition("\n## ")[0].splitlines() if line.startswith("| ")][2:]
     assert len(named) == len(rows) >= 20
     missing = [name for file, name in named if f"def {name}(" not in (paths.ROOT / file).read_text()]
     assert missing == []
