@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from reprolib import experiments, training
@@ -163,7 +164,7 @@ from reprolib.experiments import Dense, scheduling
 from reprolib.training import Recipe
 
 def look(running):
-    if (folder / "training.log").exists():
+    if "dense" in (folder / "training.log").read_text():
         os._exit(9)  # as if killed, while it trains
 
 if __name__ == "__main__":
@@ -176,9 +177,17 @@ if __name__ == "__main__":
 def test_no_process_is_left_of_who_is_killed(tmp_path):
     script = tmp_path / "orphan.py"
     script.write_text(ORPHAN)
-    # Processes inherit the pipe of the output: reading ends when all of them do.
-    done = subprocess.run([sys.executable, script, tmp_path], stdout=subprocess.PIPE, timeout=120)
-    assert done.returncode == 9
+    front = subprocess.Popen([sys.executable, script, tmp_path])
+    assert front.wait(timeout=120) == 9
+    end = time.monotonic() + 20
+    while left := [process.pid for process in psutil.process_iter(["cmdline"]) if is_worker_of(front.pid, process)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
+def is_worker_of(pid, process):
+    command = process.info["cmdline"] or []
+    return scheduling.worker.__name__ in command and command[-1] == str(pid)
 
 
 def test_deadline_leaves_a_checkpoint_to_go_on_from(tmp_path):
