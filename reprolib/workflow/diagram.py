@@ -58,11 +58,11 @@ def graph() -> str:
     command += ["--config", "profile=laptop", "--rulegraph", "mermaid-js"]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout
     rules = dict(re.findall(r"(id\d+)\[(\w+)\]", drawn))
-    edges = [(rules[start], rules[end]) for start, end in re.findall(r"(id\d+) --> (id\d+)", drawn)]
+    edges = {(rules[start], rules[end]) for start, end in re.findall(r"(id\d+) --> (id\d+)", drawn)}
     made = dict(re.findall(r"^    rule (\w+):  # ([^;\n]+)", (paths.ROOT / "Snakefile").read_text(), re.MULTILINE))
     columns: dict[str, list[Box]] = {"train": [], "collect, measure": [], "draw, decide": []}
     for rule in made:
-        before = tuple(start for start, end in edges if end == rule)
+        before = tuple(start for start in made if (start, rule) in edges)  # Snakemake's own order is by chance
         kind = "train" if rule == "networks" else "collect, measure" if before == ("networks",) else "draw, decide"
         columns[kind].append(Box(rule, (rule.replace("_", " "), made[rule]), before))
     return svg(columns, "Rules of the Snakefile: a line leads from a rule to each that needs what it makes.", STYLE)
