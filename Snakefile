@@ -1,7 +1,7 @@
 # The graph: networks, then tables, latencies, figures and claims. `make` is its front door; `snakemake --cores 2`, with
 # `--config profile=laptop`, does the same without a bar. Snakemake deletes what a job makes before the job runs, and when
-# it fails or is stopped. So what git tracks is made in no such way: tables are updated; notebooks draw into drawn/, and
-# graph.py moves what is done to its place. Networks are no outputs at all: a job that fails must not delete the others.
+# it fails or is stopped. So what git tracks is made in no such way: tables are updated; notebooks draw into drawn/, from
+# where whole files move to their place. Networks are no outputs at all: a job that fails must not delete the others.
 # Paths of what is made are relative, others are parameters from functions: Snakemake takes braces in any other path for
 # wildcards.
 import hashlib
@@ -21,6 +21,8 @@ RUN = (
     "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m reprolib.workflow.notebooks"
     " {params.notebook:q} {output.notebook:q} --parameters {params.json:q}"
 )
+DRAW = RUN + " --publish {output.drawn:q} {profile.name:q}"
+FRONT = "exec {PYTHON:q} -m reprolib.workflow.graph"
 
 
 def notebook(number):
@@ -83,22 +85,17 @@ else:  # make reproduce, make figures: one profile
             f"{EXECUTED}/02.ipynb",
             [f"{DRAWN}/{number}" for number in ("00", "03", *["04"] * bool(ABLATIONS), *["05", "06"] * TIMED, "07")],
 
-    onsuccess:
-        graph.publish(profile.name)
-
     # --- Networks, and the tables of what they reach ------------------------------------------------------------------
 
     rule networks:  # trained and pruned
         # The whole grid: reprolib/experiments/scheduling.py trains what has no record.
         output:
             TRAINED,
-        params:
-            command=lambda wildcards: graph.command("networks", profile.name, workflow.cores),
         threads: workflow.cores
         resources:
             gpu=1,
         shell:
-            "exec {params.command}"
+            f"{FRONT} --cores {{threads}} networks --profile {{profile.name:q}}"
 
     rule tables:  # accuracy.csv, ablations.csv
         input:
@@ -106,24 +103,20 @@ else:  # make reproduce, make figures: one profile
         output:
             update(ACCURACY),
             [update(name) for name in ABLATIONS],
-        params:
-            command=lambda wildcards: graph.command("tables", profile.name, workflow.cores),
         shell:
-            "exec {params.command}"
+            f"{FRONT} tables --profile {{profile.name:q}}"
 
     rule latencies:  # latency.csv
-        # Nothing else runs meanwhile. What was measured stays: deleted, it is measured anew.
+        # Nothing else runs meanwhile. What was measured stays.
         input:
             ancient(TRAINED),
         output:
             update(LATENCY),
-        params:
-            command=lambda wildcards: graph.command("latencies", profile.name, workflow.cores),
         threads: workflow.cores
         resources:
             gpu=1,
         shell:
-            "test -e {output:q} || exec {params.command}"
+            f"{FRONT} --cores {{threads}} latencies --profile {{profile.name:q}}"
 
     # --- How one network was trained and pruned -----------------------------------------------------------------------
 
@@ -163,7 +156,7 @@ else:  # make reproduce, make figures: one profile
         params:
             **drawing("00"),
         shell:
-            RUN
+            DRAW
 
     rule accuracy_figure:  # accuracy_vs_sparsity, accuracy
         input:
@@ -173,7 +166,7 @@ else:  # make reproduce, make figures: one profile
         params:
             **drawing("03", profile=profile.name),
         shell:
-            RUN
+            DRAW
 
     rule ablation_figures:  # bank_block, variations, retraining_budget
         input:
@@ -184,7 +177,7 @@ else:  # make reproduce, make figures: one profile
         params:
             **drawing("04", profile=profile.name),
         shell:
-            RUN
+            DRAW
 
     rule kernel_figures:  # latency_vs_sparsity, latency; where single layers were timed, roofline
         input:
@@ -194,7 +187,7 @@ else:  # make reproduce, make figures: one profile
         params:
             **drawing("05", profile=profile.name),
         shell:
-            RUN
+            DRAW
 
     rule latency_figure:  # accuracy_vs_latency; where make bench-peers was run, peers
         input:
@@ -206,7 +199,7 @@ else:  # make reproduce, make figures: one profile
         params:
             **drawing("06", profile=profile.name),
         shell:
-            RUN
+            DRAW
 
     rule claims:  # claims, claims.csv
         input:
@@ -217,4 +210,4 @@ else:  # make reproduce, make figures: one profile
         params:
             **drawing("07", profile=profile.name),
         shell:
-            RUN
+            DRAW

@@ -69,18 +69,14 @@ def train(
     waiting = [experiment for experiment in plan if not experiments.is_done(experiment, folder)]
     if not waiting or time.time() > deadline:
         return []
-    from distributed import wait  # here: a second, whatever is asked for
-
     errors, deaths, apart, turns, ended = [], Counter(), set(), [], {}
     here = 0 if scheduler else min(processes, len(waiting))
-    with (
-        _mark(folder) as mark,
-        _client(scheduler) as client,
-        _processes(here, threads, client.scheduler.address, folder) as keep,
-    ):
+    with _mark(folder) as mark, _processes(here, threads, folder) as keep, _client(scheduler) as client:
+        from distributed import wait
+
         started_s = time.monotonic()
         while True:
-            keep()
+            keep(client.scheduler.address)
             workers, late = set(client.nthreads()), time.time() > deadline
             ended = {address: future for address, future in ended.items() if address in workers and not future.done()}
             idle = sorted(workers - {turn.worker for turn in turns} - ended.keys())
@@ -147,7 +143,7 @@ def _ready(waiting: list[Dense | Pruned | Channels], folder: Path, most: int) ->
 @contextlib.contextmanager
 def _client(scheduler: str) -> Iterator[Client]:
     """A client of the scheduler, or of one in this process that ends with it."""
-    import dask
+    import dask  # here: a second, whatever is asked for
     from distributed import Client, LocalCluster
 
     config = {
@@ -165,8 +161,9 @@ def _client(scheduler: str) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def _processes(processes: int, threads: int, scheduler: str, folder: Path) -> Iterator[Callable[[], None]]:
-    """Processes here that train for a scheduler, until this is left; the function replaces those that have ended.
+def _processes(processes: int, threads: int, folder: Path) -> Iterator[Callable[[str], None]]:
+    """Processes here that train, until this is left; the function replaces those that have ended, and tells all of them
+    the address of the scheduler, once there is one: they take as long to start as it does.
 
     Dask's own way, a nanny for each, ends with a process that has lost its connection.
     """
@@ -176,29 +173,33 @@ def _processes(processes: int, threads: int, scheduler: str, folder: Path) -> It
     log = worker.log(folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     scratch = paths.home() / ".cache" / "dask"
-    command = [sys.executable, "-m", worker.__name__, scheduler, str(scratch), str(os.getpid())]
+    command = [sys.executable, "-m", worker.__name__, str(scratch), str(os.getpid())]
     with log.open("a") as told:
 
-        def keep() -> None:
+        def keep(scheduler: str = "") -> None:
             for number, surroundings in enumerate(_surroundings(processes)):
                 if number not in running or running[number].poll() is not None:
                     # Without our group: Ctrl-C does not reach it.
                     running[number] = subprocess.Popen(
                         command,
                         env=os.environ | counts | surroundings | ours,
-                        stdin=subprocess.DEVNULL,
+                        stdin=subprocess.PIPE,
                         stdout=told,
                         stderr=told,
                         process_group=0,
                     )
+                if scheduler and not (stdin := running[number].stdin).closed:
+                    with contextlib.suppress(BrokenPipeError), stdin:  # of one that has ended already
+                        stdin.write(scheduler.encode())
 
         try:
+            keep()
             yield keep
         finally:
             for process in running.values():
                 process.kill()  # what it has not finished lies in a checkpoint
             for process in running.values():
-                process.wait()
+                process.communicate()
 
 
 @contextlib.contextmanager

@@ -107,9 +107,10 @@ def _begin() -> None:
     records.commit()  # kept from here on: the code may change on disk while this process trains with what it has loaded
 
 
-async def _serve(scheduler: str, folder: str) -> None:
+async def _serve(folder: str) -> None:
     from distributed import Worker
 
+    scheduler = sys.stdin.read()  # its address, from whoever started this process before there was one
     host = scheduler.split("://")[-1].rsplit(":", 1)[0]
     options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "local_directory": folder}
     async with Worker(scheduler, host=host, **options) as worker:

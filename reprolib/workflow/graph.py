@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -45,6 +44,8 @@ DRAWING = {
     "latency_figure": [paths.accuracy_csv, paths.latency_csv],
     "claims": [paths.accuracy_csv],
 }
+REPORTS = ["dense_report", "pruning_report"]
+UNMEASURED = "latencies could not be measured, see above: make bench tries again"
 
 
 def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, scheduler: str = "") -> None:
@@ -59,17 +60,17 @@ def reproduce(profile: Profile, cores: int, budget_s: float = math.inf, schedule
         raise ValueError(f"a budget of {budget_s:g} s is too short: tables and figures alone may take {FIGURES_S:g} s")
     deadline = time.time() + budget_s - FIGURES_S
     print(f"{profile.name}: {profile.purpose}; {cores} cores")
-    folder, latency_csv = paths.results(profile.name), paths.latency_csv(profile.name)
     with _networks(profile, cores, deadline, scheduler) as (errors, lock):
+        write_tables(profile)
         whole = paths.trained(profile.name).exists() and budget_s == math.inf
-        if whole and not latency_csv.exists():
-            measuring = subprocess.run(_measuring(profile.name, cores), check=False, env=environment())
-            if measuring.returncode:
-                errors.append("latencies could not be measured, see above: make bench tries again")
+        measured = whole and latencies(profile, cores)
+        if whole and not measured:
+            errors.append(UNMEASURED)
         try:
-            if whole and latency_csv.exists():
-                runner.snakemake(["all"], folder, cores, lock, {"profile": profile.name})
-                publish(profile.name)
+            if measured:
+                rules = ["all", *REPORTS, *DRAWING]  # not those that ask for our lock: what they make is there
+                targets = ["all", "--allowed-rules", *rules]
+                runner.snakemake(targets, paths.results(profile.name), cores, lock, {"profile": profile.name})
             else:
                 draw(profile.name, cores, lock)
         except (RuntimeError, OSError) as failed:
@@ -89,9 +90,7 @@ def networks(profile: Profile, cores: int) -> None:
 def _networks(
     profile: Profile, cores: int, deadline: float = math.inf, scheduler: str = ""
 ) -> Iterator[tuple[list[str], IO]]:
-    """Train what is missing of a profile and write its tables; what went wrong, and the lock of its results, which is
-    held until this is left.
-    """
+    """Train what is missing of a profile; what went wrong, and the lock of its results, held until this is left."""
     runs, plan = paths.runs(profile.name), profile.plan()
     experiments.set_aside_damaged(plan, runs)
     missing = [experiment for experiment in plan if not experiments.is_done(experiment, runs)]
@@ -115,7 +114,6 @@ def _networks(
             )
         if missing := note_whole(profile):
             print(f"{len(plan) - missing} of {len(plan)} networks are trained: ask again to go on")
-        write_tables(profile)
         yield errors, lock
 
 
@@ -130,10 +128,17 @@ def note_whole(profile: Profile) -> int:
     return missing
 
 
-def command(name: str, profile_name: str, cores: int) -> str:
-    """For a shell: what a rule of the Snakefile runs."""
-    parts = [sys.executable, "-m", "reprolib.workflow.graph", "--cores", str(cores), name, "--profile", profile_name]
-    return shlex.join(_measuring(profile_name, cores) if name == "latencies" else parts)
+def latencies(profile: Profile, cores: int) -> bool:
+    """Measure the latencies of a profile's networks, unless that was done; whether they are there. Nothing else may run
+    meanwhile.
+    """
+    path = paths.latency_csv(profile.name)
+    if path.exists():
+        return True
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [sys.executable, "-m", "reprolib.bench", "latency", "--own", "--profile", profile.name]
+    command += ["--device", device, "--threads", str(cores), "--output", str(path)]
+    return subprocess.run(command, check=False, env=environment()).returncode == 0
 
 
 def _refuse(errors: list[str]) -> None:
@@ -145,8 +150,8 @@ def figures(profile: Profile, cores: int) -> None:
     """Redraw the figures and tables of a profile from its tables of results, without training."""
     records.read_csv(paths.accuracy_csv(profile.name))
     with runner.only_run(paths.results(profile.name), lambda: None) as lock:
-        redrawn = draw(profile.name, cores, lock)
-    folder = paths.figures(profile.name)
+        draw(profile.name, cores, lock)
+    folder, redrawn = paths.figures(profile.name), list(paths.drawn(profile.name).glob("*/[!.]*"))
     if not redrawn:
         raise RuntimeError(f"error: nothing was drawn into {folder}, see {paths.results(profile.name)}/snakemake.log")
     print(f"redrawn: {len(redrawn)} files in {folder}")
@@ -160,45 +165,16 @@ def drawable(profile_name: str) -> list[str]:
     return [rule for rule, tables in DRAWING.items() if all(table(profile_name).exists() for table in tables)]
 
 
-def draw(profile_name: str, cores: int, lock: IO) -> list[Path]:
+def draw(profile_name: str, cores: int, lock: IO) -> None:
     """Draw everything that the tables of a profile allow: without a pair to compare, the anatomy of a mask alone.
 
-    Returns the files. Raises RuntimeError for what could not be drawn; what could be is in its place nevertheless.
+    Raises RuntimeError for what could not be drawn; what could be is in its place nevertheless.
     """
     rules = drawable(profile_name)
     targets = [*rules, "--forcerun", *rules, "--allowed-rules", *rules]
     config = {"profile": profile_name, "latency": paths.latency_csv(profile_name).exists()}
     shutil.rmtree(paths.drawn(profile_name), ignore_errors=True)  # of another run
-    try:
-        runner.snakemake(targets, paths.results(profile_name), cores, lock, config)
-    finally:
-        redrawn = publish(profile_name)
-    return redrawn
-
-
-def publish(profile_name: str) -> list[Path]:
-    """Move what notebooks have drawn to its place, whole files, and only of notebooks that got to their end.
-
-    Tables of numbers go to the results, all else to the figures. Returns the files, the unchanged ones too.
-    """
-    published = []
-    for folder in sorted(paths.drawn(profile_name).glob("[!.]*")):
-        if not (paths.executed(profile_name) / f"{folder.name}.ipynb").exists():
-            continue  # it failed, or was stopped
-        for path in sorted(folder.glob("[!.]*")):  # not Snakemake's own notes
-            home = paths.results if path.suffix == ".csv" else paths.figures
-            place, content = home(profile_name) / path.name, path.read_bytes()
-            if not (place.exists() and place.read_bytes() == content):
-                write_atomically(place, content)
-            published.append(place)
-    return published
-
-
-def _measuring(profile_name: str, cores: int) -> list[str]:
-    """The command that measures the latencies of a profile's networks; nothing else may run meanwhile."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = [sys.executable, "-m", "reprolib.bench", "latency", "--own", "--profile", profile_name]
-    return [*parts, "--device", device, "--threads", str(cores), "--output", str(paths.latency_csv(profile_name))]
+    runner.snakemake(targets, paths.results(profile_name), cores, lock, config)
 
 
 def _has_pair(accuracy: pd.DataFrame) -> bool:
@@ -278,7 +254,7 @@ def main() -> None:
     reproducing.add_argument("--profile", default="")
     reproducing.add_argument("--budget", type=seconds, default=math.inf, help="such as 20m or 1h30m")
     reproducing.add_argument("--scheduler", default="", help="of Dask, elsewhere: tcp://host:8786")
-    for part in ("networks", "tables"):  # of the Snakefile
+    for part in ("networks", "tables", "latencies"):  # of the Snakefile
         commands.add_parser(part).add_argument("--profile", required=True)
     commands.add_parser("figures").add_argument("--profile", default="quick")
     commands.add_parser("report").add_argument("--profile", default="quick")
@@ -295,6 +271,8 @@ def main() -> None:
                 networks(profiles.load(arguments.profile), arguments.cores)
             case "tables":
                 write_tables(profiles.load(arguments.profile))
+            case "latencies":
+                _refuse([] if latencies(profiles.load(arguments.profile), arguments.cores) else [UNMEASURED])
             case "figures":
                 figures(profiles.load(arguments.profile), arguments.cores)
             case "report":

@@ -15,6 +15,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 
 from reprolib.files import paths, processes, settings
+from reprolib.files.atomic import write_atomically
 from reprolib.files.settings import Some
 
 KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": Some[Any]}  # types that a parameter may declare
@@ -71,11 +72,24 @@ def run(notebook: Path, output: Path, parameters: dict) -> None:
     output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
 
 
+def publish(drawn: Path, profile: str) -> None:
+    """Move what a notebook of a profile has drawn into a folder to its place, whole files.
+
+    Tables of numbers go to the results, all else to the figures; what has not changed is left alone.
+    """
+    for path in sorted(drawn.glob("[!.]*")):  # not Snakemake's own notes
+        home = paths.results if path.suffix == ".csv" else paths.figures
+        place, content = home(profile) / path.name, path.read_bytes()
+        if not (place.exists() and place.read_bytes() == content):
+            write_atomically(place, content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run one notebook with papermill.")
     parser.add_argument("notebook", help="number, name or path of the notebook")
     parser.add_argument("output", type=Path, help="where the executed notebook goes")
     parser.add_argument("--parameters", type=settings.json_mapping, default={}, help="JSON object")
+    parser.add_argument("--publish", nargs=2, metavar=("FOLDER", "PROFILE"), help="move what it drew to its place")
     arguments = parser.parse_args()
     environment = processes.environment()
     os.environ.clear()
@@ -83,6 +97,9 @@ def main() -> None:
     processes.end_with_parent()  # and the kernel, which it starts, with it
     try:
         run(paths.notebook(arguments.notebook), arguments.output, arguments.parameters)
+        if arguments.publish:
+            folder, profile = arguments.publish
+            publish(Path(folder), profile)
     except papermill.PapermillExecutionError as error:
         sys.exit(f"error: {Path(arguments.output).stem}: {error.ename}: {error.evalue}")
     except DeadKernelError:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from reprolib import experiments
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
-from reprolib.files.atomic import write_atomically
 from reprolib.files.deadline import seconds
 from reprolib.workflow import graph, runner, sweeps
 
@@ -230,23 +229,6 @@ def test_nothing_drawn_is_not_called_redrawn(tables, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match=r"error: nothing was drawn into .*, see .*snakemake\.log"):
         graph.figures(tables, 1)
     assert "redrawn" not in capsys.readouterr().out
-
-
-def test_what_finished_notebooks_drew_moves_to_its_place(tmp_path, monkeypatch):
-    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
-    for number, name in [("07", "claims.csv"), ("07", "claims.svg"), ("07", "same.svg"), ("05", "latency.svg")]:
-        write_atomically(paths.drawn("p") / number / name, "new")
-    for name in ("claims.svg", "latency.svg"):
-        write_atomically(paths.figures("p") / name, "old")
-    write_atomically(paths.figures("p") / "same.svg", "new")
-    (paths.drawn("p") / "07" / ".snakemake_timestamp").touch()
-    write_atomically(paths.executed("p") / "07.ipynb", "")  # and none of 05: it was stopped
-    before = (paths.figures("p") / "same.svg").stat().st_ino
-    claims, svg, same = paths.claims_csv("p"), paths.figures("p") / "claims.svg", paths.figures("p") / "same.svg"
-    assert graph.publish("p") == [claims, svg, same]
-    assert [path.read_text() for path in (claims, svg)] == ["new", "new"]
-    assert same.stat().st_ino == before, "what does not change is left alone"
-    assert (paths.figures("p") / "latency.svg").read_text() == "old"
 
 
 @pytest.mark.parametrize("profile", ["2024", "1e3", "true", "a=b"])

@@ -23,6 +23,7 @@ from reprolib import experiments
 from reprolib.bench import latency
 from reprolib.experiments import profiles, records
 from reprolib.files import paths
+from reprolib.files.atomic import write_atomically
 from reprolib.workflow import graph, notebooks
 
 ALL = paths.notebooks()
@@ -336,3 +337,22 @@ def test_dead_kernel_gets_one_clear_line(tmp_path, write_notebook):
     done = command_line(write_notebook(tmp_path / "n.ipynb", *cells), tmp_path / "out.ipynb")
     assert done.returncode == 1 and "error: out: the notebook's kernel died" in done.stderr
     assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_what_a_notebook_drew_moves_to_its_place_if_it_gets_to_its_end(tmp_path, write_notebook, monkeypatch):
+    monkeypatch.setenv("REPROLIB_HOME", str(tmp_path))
+    drawn = tmp_path / "drawn"
+    claims, svg, same = paths.claims_csv("p"), paths.figures("p") / "claims.svg", paths.figures("p") / "same.svg"
+    for path in (drawn / "claims.csv", drawn / "claims.svg", drawn / "same.svg", same):
+        write_atomically(path, "new")
+    write_atomically(svg, "old")
+    (drawn / ".snakemake_timestamp").touch()
+    before = same.stat().st_ino
+    notebook = write_notebook(tmp_path / "n.ipynb", "alpha: int = 0  # first", "1 / alpha")
+    options = tmp_path / "out.ipynb", "--publish", drawn, "p"
+    assert command_line(notebook, *options).returncode == 1
+    assert svg.read_text() == "old" and not claims.exists()
+    assert command_line(notebook, *options, "--parameters", '{"alpha": 1}').returncode == 0
+    assert [path.read_text() for path in (claims, svg)] == ["new", "new"]
+    assert same.stat().st_ino == before, "what does not change is left alone"
+    assert sorted(path.name for path in svg.parent.iterdir()) == ["claims.svg", "same.svg"]
