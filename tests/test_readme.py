@@ -56,12 +56,22 @@ def test_networks_for_a_budget_are_those_of_the_committed_tables():
     check_lines("README.md", r"\| \d+ images?, ", speed_figures.budget_table(latency, accuracy, budgets_us), 7)
 
 
+def changes(profile):
+    accuracy, ablations = (records.read_csv(RESULTS / profile / f"{name}.csv") for name in ("accuracy", "ablations"))
+    return accuracy, comparisons.changes_table(profiles.load(profile), pd.concat([accuracy, ablations]))
+
+
+def test_readings_of_the_paper_are_what_the_committed_tables_say():
+    _, table = changes("readings")
+    rows = f"\\| (?:{'|'.join(table.index)}) "
+    check_lines("README.md", rows, table[["hybrid − block", "hybrid − balanced"]], 13, after="save claim 2?")
+    check_lines("choices.md", rows, table, 13)
+
+
 def test_what_lifts_a_pattern_is_what_the_committed_tables_say():
-    accuracy, ablations = (records.read_csv(RESULTS / "lifts" / f"{name}.csv") for name in ("accuracy", "ablations"))
-    table = comparisons.changes_table(profiles.load("lifts"), pd.concat([accuracy, ablations]))
-    check_lines(
-        "README.md", f"\\| (?:{'|'.join(table.index)}) ", table[["hybrid", "block", "balanced", "unstructured"]], 7
-    )
+    accuracy, table = changes("lifts")
+    shown = table[["hybrid", "block", "balanced", "unstructured"]]
+    check_lines("README.md", f"\\| (?:{'|'.join(table.index)}) ", shown, 7, after="## What makes a pattern")
     rivals = ("hybrid", "block", "block+", "balanced", "balanced+", "unstructured", "unstructured+")
     for comparison, points in comparisons.lifted_against(accuracy, rivals)["points"].items():
         assert f"over {comparison.split(' − ')[1]} {points}" in TEXTS["choices.md"]
