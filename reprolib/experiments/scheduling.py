@@ -170,6 +170,7 @@ def _processes(processes: int, threads: int, folder: Path) -> Iterator[Callable[
     running: dict[int, subprocess.Popen] = {}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     ours = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "DASK_LOGGING__DISTRIBUTED": "critical"}
+    ours |= {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}  # of what a process is at, 100 times a second
     log = worker.log(folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     scratch = paths.home() / ".cache" / "dask"
