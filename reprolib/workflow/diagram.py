@@ -18,7 +18,7 @@ from reprolib.files.atomic import write_atomically
 from reprolib.files.processes import environment
 
 PICTURE = paths.ROOT / "figures" / "graph.svg"
-STYLE = """<style>rect { fill: #f6f8fa; stroke: #57606a } path { fill: none; stroke: #8c959f }
+STYLE = """<style>rect { fill: #f6f8fa; stroke: #57606a } path { fill: none; stroke: #8c959f } polygon { fill: #8c959f }
 text { font: 12px sans-serif; fill: #1f2328 } .more { fill: #57606a } .heading { text-anchor: middle; fill: #57606a }
 </style><rect width="100%" height="100%" style="fill: white; stroke: none"/>"""
 LETTER, LINE, GAP, BETWEEN = 6.6, 17, 14, 40  # width of a letter, height of a line, space between boxes and columns
@@ -65,7 +65,7 @@ def graph() -> str:
         before = tuple(start for start in made if (start, rule) in edges)  # Snakemake's own order is by chance
         kind = "train" if rule == "networks" else "collect, measure" if before == ("networks",) else "draw, decide"
         columns[kind].append(Box(rule, (rule.replace("_", " "), made[rule]), before))
-    return svg(columns, "Rules of the Snakefile: a line leads from a rule to each that needs what it makes.", STYLE)
+    return svg(columns, "Rules of the Snakefile: an arrow leads from a rule to each that needs what it makes.", STYLE)
 
 
 def svg(
@@ -73,7 +73,7 @@ def svg(
     told: str = "Which step needs what: the table below says the same in words.",
     style: str = "",
 ) -> Markup:
-    """Boxes in columns under their headings, and a line to a box from each that it needs; `told` is for who can't see.
+    """Boxes in columns under their headings, and an arrow to a box from each that it needs; `told` is for the blind.
 
     A box that is alone in its column stands level with what it needs, so that chains are straight.
     """
@@ -96,6 +96,7 @@ def svg(
         left += width + BETWEEN
     boxes = [box for column in columns.values() for box in column]
     lines = [_line(place[need], place[box.key]) for box in boxes for need in box.needs]
+    lines += [_head(place[box.key]) for box in boxes if box.needs]
     width, height = left - BETWEEN + 1, max(y + height for _, y, _, height in place.values()) + 1
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
@@ -111,6 +112,12 @@ def _line(start: tuple[float, ...], end: tuple[float, ...]) -> str:
         return f'<path d="M{x:g},{y:g} C{x + bend:g},{y:g} {to_x - bend:g},{to_y:g} {to_x:g},{to_y:g}"/>'
     x, y = x + width / 2, y + height
     return f'<path d="M{x:g},{y:g} C{x:g},{to_y:g} {x:g},{to_y:g} {x + 60:g},{to_y:g} L{to_x:g},{to_y:g}"/>'
+
+
+def _head(end: tuple[float, ...]) -> str:
+    """The head of the arrows that lead to a box."""
+    x, y = end[0], end[1] + end[3] / 2
+    return f'<polygon points="{x:g},{y:g} {x - 7:g},{y - 4:g} {x - 7:g},{y + 4:g}"/>'
 
 
 if __name__ == "__main__":
