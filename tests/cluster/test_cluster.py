@@ -14,7 +14,6 @@ import time
 
 import pytest
 
-from reprolib.experiments import records
 from reprolib.files import paths
 
 pytestmark = pytest.mark.skipif(not os.environ.get("REPROLIB_CLUSTER"), reason="make test-cluster runs it")
@@ -46,11 +45,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(computed, tmp_path_factory):
     """The table of a run on this machine."""
     home = tmp_path_factory.mktemp("alone")
     assert subprocess.run(reproduce(), env=surroundings(home), check=False).returncode == 0
-    return table(home)
+    return computed(home, PROFILE)
 
 
 @pytest.fixture
@@ -75,12 +74,6 @@ def surroundings(home, **more):
     return os.environ | {"REPROLIB_HOME": str(home), **more}
 
 
-def table(home):
-    """What was computed, without what tells of the run."""
-    found = records.read_csv(home / "results" / PROFILE / "accuracy.csv")
-    return records.to_csv(found.drop(columns=["wall_time_s", "commit"]))
-
-
 def need(*programs):
     for program in programs:
         if not shutil.which(program):
@@ -98,7 +91,7 @@ def records_of(home):
     return len(list((home / "results" / PROFILE / "runs").glob("*/record.json")))
 
 
-def test_slurm(alone, start, tmp_path):
+def test_slurm(alone, computed, start, tmp_path):
     """A real SLURM of one node: a job for each worker, one of which is killed while it trains."""
     need("munged", "mungekey", "slurmctld", "slurmd", "srun", "scancel")
     host = socket.gethostname()
@@ -129,10 +122,10 @@ def test_slurm(alone, start, tmp_path):
     subprocess.run(["scancel", "--signal=KILL", first], env=environment, check=True)
     assert front.wait() == 0, (tmp_path / "log").read_text()
     assert says("squeue", "--noheader", "--format=%i", "--states=R").split() == [second]
-    assert table(tmp_path) == alone
+    assert computed(tmp_path, PROFILE) == alone
 
 
-def test_machines_without_a_common_disk(alone, start, tmp_path):
+def test_machines_without_a_common_disk(alone, computed, start, tmp_path):
     """Network namespaces, each worker with an empty disk where the results lie; one of them is killed."""
     need("ip", "unshare", "mount")
     home = tmp_path / "home"
@@ -167,7 +160,7 @@ def test_machines_without_a_common_disk(alone, start, tmp_path):
         wait_for(lambda: records_of(home) >= 2, (tmp_path / "log").read_text, seconds=600)
         workers[0].kill()
         assert front.wait() == 0, (tmp_path / "log").read_text()
-        assert workers[1].poll() is None and table(home) == alone
+        assert workers[1].poll() is None and computed(home, PROFILE) == alone
         for worker in workers:
             worker.kill()
             worker.wait()

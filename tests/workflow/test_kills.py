@@ -13,8 +13,6 @@ import time
 import psutil
 import pytest
 
-from reprolib.experiments import records
-
 KILLS = int(os.environ.get("REPROLIB_KILLS", 0))
 PROFILE = """
 purpose: four small networks
@@ -63,12 +61,6 @@ def start(tmp_path):
     return call
 
 
-def table(home):
-    """What was computed, without what tells of the run."""
-    found = records.read_csv(home / "results" / "four" / "accuracy.csv")
-    return records.to_csv(found.drop(columns=["wall_time_s", "commit"]))
-
-
 def family(process):
     """A process and all that it has started, with what these have started."""
     try:
@@ -77,7 +69,7 @@ def family(process):
         return []
 
 
-def test_kills_at_random_moments_change_no_table(start, tmp_path):
+def test_kills_at_random_moments_change_no_table(start, computed, tmp_path):
     chance, began = random.Random(0), time.monotonic()
     assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()
     duration_s = time.monotonic() - began
@@ -90,6 +82,6 @@ def test_kills_at_random_moments_change_no_table(start, tmp_path):
             chance.choice(seen).kill()
         while start(home).wait():
             assert time.monotonic() - began < 100 * (number + 2) * duration_s, (tmp_path / "log").read_text()
-        assert table(home) == table(tmp_path / "whole"), f"kill {number}"
+        assert computed(home, "four") == computed(tmp_path / "whole", "four"), f"kill {number}"
         _, alive = psutil.wait_procs(seen, timeout=30)
         assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
